@@ -1,0 +1,1 @@
+"""The gateway: hosts providers behind the contract."""
