@@ -1,0 +1,103 @@
+"""Reading members: blocks and extents as bounded streams, the next part read while the last one is sent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
+
+from frostgate.v1 import snapshot_provider_pb2 as rpc
+from frostgate.v1 import volume_pb2
+from gateway import states
+from gateway.errors import BadInput, Refused
+from gateway.groups import Core
+from gateway.journal import Group
+from gateway.pools import Pool
+from providers.base import BlockReader, Extent
+
+CHUNK_BYTES = 1024 * 1024
+EXTENTS_A_MESSAGE = 1000
+
+
+async def read_blocks(
+    core: Core, group: Group, request: rpc.ReadBlocksRequest
+) -> AsyncIterator[rpc.ReadBlocksResponse]:
+    """Yield the bytes of a range of a member, holes as lengths.
+
+    Raises BadInput for a range beyond the end, Refused, PoolUnavailable.
+    """
+    pool = readable(core, group, request.volume)
+    reader = await pool.ask(lambda: pool.provider.open(group.id, request.volume.volume))
+    try:
+        if request.offset > reader.size_bytes:
+            raise BadInput([("offset", f"is beyond the end, {reader.size_bytes}")])
+        length = request.length or reader.size_bytes - request.offset
+        if request.offset + length > reader.size_bytes:
+            raise BadInput([("length", f"the range ends beyond the end, {reader.size_bytes}")])
+        parts = _parts(reader, request.offset, length)
+        while part := await pool.read.run(core.limits.call_timeout_s, lambda: next(parts, None)):
+            yield part
+    finally:
+        await pool.read.run(core.limits.call_timeout_s, reader.close)
+
+
+async def allocated_extents(
+    core: Core, group: Group, volume: volume_pb2.VolumeRef
+) -> AsyncIterator[rpc.ListAllocatedExtentsResponse]:
+    """Yield what is not a hole in a member."""
+    pool = readable(core, group, volume)
+    reader = await pool.ask(lambda: pool.provider.open(group.id, volume.volume))
+    try:
+        extents = reader.extents(0, reader.size_bytes)
+        while batch := await pool.read.run(core.limits.call_timeout_s, lambda: _batch(extents)):
+            yield rpc.ListAllocatedExtentsResponse(extents=batch)
+    finally:
+        await pool.read.run(core.limits.call_timeout_s, reader.close)
+
+
+async def changed_extents(
+    core: Core, group: Group, volume: volume_pb2.VolumeRef, base: str | None
+) -> AsyncIterator[rpc.ListChangedExtentsResponse]:
+    """Yield what differs between two snapshots of a volume."""
+    pool = readable(core, group, volume)
+    extents = await pool.ask(lambda: pool.provider.changed_extents(group.id, volume.volume, base))
+    while batch := await pool.read.run(core.limits.call_timeout_s, lambda: _batch(extents)):
+        yield rpc.ListChangedExtentsResponse(extents=batch)
+
+
+def readable(core: Core, group: Group, volume: volume_pb2.VolumeRef) -> Pool:
+    """Return the pool of a member that can be read now, or raise Refused MEMBER_NOT_FOUND or STATE_INVALID."""
+    if all(member.volume != volume for member in group.snapshot.members):
+        raise Refused(
+            "MEMBER_NOT_FOUND",
+            f"group snapshot {group.id} has no member {volume.pool}/{volume.volume}",
+            group_snapshot=group.id,
+            pool=volume.pool,
+            volume=volume.volume,
+        )
+    if group.snapshot.state not in (states.READY, states.REVERTING):
+        raise Refused(
+            "STATE_INVALID",
+            f"group snapshot {group.id} is {states.name(group.snapshot.state)}; only a READY one can be read",
+            group_snapshot=group.id,
+            state=states.name(group.snapshot.state),
+        )
+    return core.pools.get(volume.pool)
+
+
+def _parts(reader: BlockReader, offset: int, length: int) -> Iterator[rpc.ReadBlocksResponse]:
+    end = offset + length
+    position = offset
+    for extent in reader.extents(offset, length):
+        if extent.offset > position:
+            yield rpc.ReadBlocksResponse(offset=position, zero_bytes=extent.offset - position)
+        position = extent.offset
+        while position < extent.offset + extent.length:
+            size = min(CHUNK_BYTES, extent.offset + extent.length - position)
+            yield rpc.ReadBlocksResponse(offset=position, data=reader.read(position, size))
+            position += size
+    if position < end:
+        yield rpc.ReadBlocksResponse(offset=position, zero_bytes=end - position)
+
+
+def _batch(extents: Iterator[Extent]) -> list[rpc.Extent]:
+    return [rpc.Extent(offset=extent.offset, length=extent.length) for extent in islice(extents, EXTENTS_A_MESSAGE)]
