@@ -1,0 +1,54 @@
+# Debian 12, root. Every target does all the set-up it needs and says what it installs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMP := .venv/.complete
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test bench lint proto image clean lab-down
+
+help: ## Show this help.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: lab-packages $(STAMP) ## Install Debian packages, make .venv with frostgate and pytest, build the lab's guest.
+
+.PHONY: lab-packages
+lab-packages:
+	@tests/lab/install.sh
+
+$(STAMP): requirements.lock pyproject.toml hatch_build.py $(shell find protos -name '*.proto')
+	@echo "setup: .venv from /usr/bin/python3 with the locked packages, and frostgate in it"
+	@[[ -x $(BIN)/python ]] || /usr/bin/python3 -m venv --system-site-packages .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## Snapshot a real running VM, let it damage a file, revert, and see the file whole.
+	@$(BIN)/python -m tests.lab.demo
+
+test: setup ## Run every test, with real libvirt, a real guest and real file systems.
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup ## Measure: freeze windows, size independence, the gateway's own cost; each beside its peer.
+	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done
+
+lint: setup ## ruff, mypy --strict, buf lint, import-linter.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/buf lint
+	@$(BIN)/lint-imports
+
+proto: setup ## Generate the gRPC stubs below build/stubs (installing does it as well).
+	@$(BIN)/python hatch_build.py
+
+image: setup ## Build the container image with buildah, start it and ask for its health.
+	@packaging/image.sh
+
+lab-down: ## Remove whatever a killed test or demo left: VMs, mounts, loop devices.
+	@[[ ! -x $(BIN)/python ]] || $(BIN)/python -m tests.lab down
+
+clean: lab-down ## lab-down, then remove .venv, build and the lab's cache.
+	@rm -rf .venv .lab build dist
