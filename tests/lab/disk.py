@@ -24,9 +24,7 @@ _EXT4_INCOMPAT_OFFSET = 1024 + 0x60
 _EXT4_NEEDS_RECOVERY = 0x4
 
 
-def create_disk(
-    path: Path, size_bytes: int, filesystem: Kind | None = "ext4", disk_format: Format = "raw"
-) -> Path:
+def create_disk(path: Path, size_bytes: int, filesystem: Kind | None = "ext4", disk_format: Format = "raw") -> Path:
     """Create a sparse disk, formatted as a whole (no partitions) or, with None, left blank."""
     raw = path if disk_format == "raw" else path.with_name(path.name + ".raw")
     if filesystem is None:
@@ -42,9 +40,7 @@ def create_disk(
 
 def convert(source: Path, source_format: Format, target: Path, target_format: Format) -> None:
     """qemu-img convert; the result is sparse."""
-    subprocess.run(
-        ["qemu-img", "convert", "-f", source_format, "-O", target_format, source, target], check=True
-    )
+    subprocess.run(["qemu-img", "convert", "-f", source_format, "-O", target_format, source, target], check=True)
 
 
 def read_counter(image: Path, disk_format: Format = "raw") -> int:

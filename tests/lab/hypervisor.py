@@ -39,7 +39,7 @@ log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 host_uuid = "5f6f7374-6761-4e65-8c61-620000000001"
 """
 _DIRECTORIES = ("etc", "lib", "run", "log")
-_ENTER = """\
+_ENTER = r"""
 set -e
 state=$1 cache=$2
 mkdir -p /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt
@@ -48,6 +48,15 @@ mount --bind "$state/lib" /var/lib/libvirt
 mount --bind "$state/run" /run/libvirt
 mount --bind "$state/log" /var/log/libvirt
 mount --bind "$cache" /var/cache/libvirt
+# libvirtd looks its default user up before it reads that ours is root; the user comes with
+# libvirt-daemon-system, which nothing else here needs
+know() {
+    getent "$1" libvirt-qemu > /dev/null && return
+    { cat "/etc/$1"; echo "$2"; } > "$state/$1"
+    mount --bind "$state/$1" "/etc/$1"
+}
+know passwd libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin
+know group libvirt-qemu:x:64055:
 exec libvirtd --pid-file /run/libvirt/libvirtd.pid
 """
 
@@ -180,7 +189,9 @@ class Hypervisor:
             except libvirt.libvirtError:
                 died = self._daemon is not None and self._daemon.poll() is not None
                 if died or time.monotonic() > deadline:
-                    said = (self.directory / "log" / "output").read_text()
+                    logs = (self.directory / "log" / "output", self.log)
+                    said = "".join(log.read_text() for log in logs if log.exists())
+                    self.stop()
                     raise RuntimeError(f"libvirtd does not answer at {self.uri}: {said}") from None
                 time.sleep(0.05)
             else:

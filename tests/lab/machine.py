@@ -188,9 +188,7 @@ class Machine:
     def exec(self, command: Sequence[str], timeout_s: float = 30.0) -> tuple[int, str]:
         """Run a program in the guest; returns its exit code and output (stderr after stdout)."""
         started = _mapping(
-            self.agent_command(
-                "guest-exec", {"path": command[0], "arg": list(command[1:]), "capture-output": True}
-            )
+            self.agent_command("guest-exec", {"path": command[0], "arg": list(command[1:]), "capture-output": True})
         )
         deadline = time.monotonic() + timeout_s
         while True:
