@@ -20,7 +20,7 @@ from gateway.groups import Core, Live, first_error, log
 from gateway.journal import Group
 from gateway.metrics import UNDONE
 from gateway.pools import Pool, TimedOut
-from providers.base import Cancelled
+from providers.base import Cancelled, PoolUnavailable, ProviderError
 
 
 async def delete(core: Core, group_id: str) -> pb.GroupSnapshot | None:
@@ -59,7 +59,9 @@ async def undo(core: Core, live: Live, group: Group, why: str, results: dict[str
     Nothing is left when it returns, unless a storage does not answer: then it goes on in the background.
     """
     UNDONE.labels(why=why).inc()
-    log.warning("undone", group=group.id, why=why, error=str(first_error(results)))
+    error = first_error(results)
+    ordinary = isinstance(error, ProviderError | Refused) and not isinstance(error, PoolUnavailable | TimedOut)
+    (log.info if ordinary else log.warning)("undone", group=group.id, why=why, error=str(error))
     live.keep()
     live.prepared = None
     await _mark(core, live, group)
@@ -117,6 +119,7 @@ async def _remove(
         await asyncio.wait(set(hanging))
     live.begin()
     settled = group.snapshot.HasField("ready_time")
+    was_cut = group.snapshot.HasField("cut_time")
 
     async def verb(pool: Pool) -> None:
         async for attempt in AsyncRetrying(
@@ -135,6 +138,8 @@ async def _remove(
                     raise Cancelled("the gateway stops")
                 if not settled:
                     await pool.work.run(None, lambda: pool.provider.abort(group.id))
+                if not was_cut:
+                    return  # a finished snapshot of this id on the storage is somebody else's: a lost journal's
                 await pool.work.run(None, lambda: pool.provider.delete(group.id, live.reporter(pool.name)))
 
     if error := first_error(await core.in_pools(group, verb)):

@@ -86,6 +86,12 @@ class SnapshotNotFound(ProviderError):
     reason = "SNAPSHOT_DAMAGED"
 
 
+class SnapshotExists(ProviderError):
+    """The storage has a finished snapshot of that id, of which the journal does not know. It stays untouched."""
+
+    reason = "GROUP_SNAPSHOT_EXISTS"
+
+
 class InvalidName(ProviderError):
     """A name that this storage cannot have."""
 

@@ -1,0 +1,77 @@
+"""Copying image files: by FICLONE at once, or sparsely with the holes kept."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from providers.base import Extent
+
+_FICLONE = 0x40049409
+_CHUNK_BYTES = 16 * 1024 * 1024
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EXDEV)
+
+
+def clone(source: int, target: int) -> None:
+    """Make target share all blocks of source. Raises OSError. Source: ioctl_ficlone(2)."""
+    fcntl.ioctl(target, _FICLONE, source)
+
+
+def can_clone(directory: Path) -> bool:
+    """Tell whether the file system under a directory can clone files, by doing it. Raises OSError."""
+    with tempfile.TemporaryFile(dir=directory) as source, tempfile.TemporaryFile(dir=directory) as target:
+        source.write(b"frostgate" * 1000)
+        source.flush()
+        try:
+            clone(source.fileno(), target.fileno())
+        except OSError as error:
+            if error.errno in _CANNOT:
+                return False
+            raise
+    return True
+
+
+def data(descriptor: int, offset: int, end: int) -> Iterator[Extent]:
+    """Yield what is not a hole between two positions, from the kernel (SEEK_DATA, SEEK_HOLE)."""
+    while offset < end:
+        try:
+            begin = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # only a hole is left
+            raise
+        if begin >= end:
+            return
+        offset = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        yield Extent(begin, min(offset, end) - begin)
+
+
+def copy(source: int, target: int, copied: Callable[[int], None]) -> None:
+    """Copy a whole file, holes kept; target is overwritten.
+
+    `copied` is called with the bytes of each part and may raise. Raises OSError.
+    """
+    size = os.fstat(source).st_size
+    os.ftruncate(target, 0)
+    os.ftruncate(target, size)
+    for extent in data(source, 0, size):
+        position, end = extent.offset, extent.offset + extent.length
+        while position < end:
+            done = _copy_part(source, target, position, min(_CHUNK_BYTES, end - position))
+            if done == 0:
+                raise OSError(errno.EIO, "the image became shorter while it was copied")
+            position += done
+            copied(done)
+
+
+def _copy_part(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        return os.copy_file_range(source, target, length, offset, offset)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    return os.pwrite(target, os.pread(source, length, offset), offset)

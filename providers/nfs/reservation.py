@@ -1,0 +1,257 @@
+"""One group snapshot on its way: what prepare() opened, so that the cut is one ioctl a volume.
+
+prepare  opens every volume and makes its empty member file
+cut      clones (or locks, when the file system cannot clone), all or none
+settle   copies what was only locked, fsyncs, and writes the manifest last
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged
+from providers.nfs import copying, imagelock, layout
+from providers.nfs.beneath import directory, open_beneath, open_volume
+from providers.nfs.images import Format, format_of, virtual_size
+
+Mode: TypeAlias = Literal["clone", "copy", "copy-inside"]
+
+
+@dataclass
+class Part:
+    """One volume of a reservation and its member file, both open."""
+
+    stored: layout.StoredMember
+    source: int
+    target: int
+
+    def close(self) -> None:
+        """Close both; ends the lock on the volume."""
+        for descriptor in (self.source, self.target):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.source = self.target = -1
+
+
+@dataclass
+class Reservation:
+    """What is open for one group. Used by one thread at a time."""
+
+    spec: GroupSpec
+    root: int
+    directory: int
+    parts: list[Part] = field(default_factory=list)
+    was_cut: bool = False
+
+    def close(self) -> None:
+        """Close everything; what is on the storage stays."""
+        for part in self.parts:
+            part.close()
+        for descriptor in (self.root, self.directory):
+            with suppress(OSError):
+                os.close(descriptor)
+        self.parts = []
+
+
+def reserve(root_fd: int, spec: GroupSpec, default_format: Format, *, cloning: bool) -> Reservation:
+    """Open every volume and make its member file.
+
+    The caller removes the group's directory when this raises: VolumeNotFound, VolumeInUse, InvalidName, PoolFull,
+    OSError.
+    """
+    reservation: Reservation | None = None
+    sources: list[int] = []
+    stored: list[layout.StoredMember] = []
+    try:
+        for volume in spec.volumes:
+            source = open_volume(root_fd, volume.name)
+            sources.append(source)
+            stored.append(_checked(source, volume.name, volume.format, spec.allow_copy, default_format, cloning))
+        if not cloning:
+            _check_room(root_fd, sources)
+        layout.make_directory(root_fd, layout.SNAPSHOTS)
+        layout.make_directory(root_fd, layout.group_path(spec.group))
+        reservation = Reservation(
+            spec, os.dup(root_fd), open_beneath(root_fd, layout.group_path(spec.group), os.O_RDONLY | os.O_DIRECTORY)
+        )
+        for member, source in zip(stored, sources, strict=True):
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            target = open_beneath(reservation.directory, member.volume, flags, 0o600)
+            reservation.parts.append(Part(member, source, target))
+    except BaseException:
+        for descriptor in sources:
+            with suppress(OSError):
+                os.close(descriptor)
+        if reservation:
+            reservation.parts = [Part(part.stored, -1, part.target) for part in reservation.parts]
+            reservation.close()
+        raise
+    if cloning:
+        for source in sources:
+            os.fdatasync(source)  # a clone writes dirty pages back first: do that before the freeze
+    return reservation
+
+
+def _checked(
+    source: int, name: str, asked_format: str | None, allow_copy: bool, default_format: Format, cloning: bool
+) -> layout.StoredMember:
+    image_format = format_of(name, asked_format, default_format)
+    mode: Mode = "clone"
+    if not cloning:
+        mode = "copy"
+        if imagelock.is_in_use(source):
+            if not allow_copy:
+                error = imagelock.in_use(source, name)
+                error.message += (
+                    " (this file system cannot clone files), or allow the copy inside the freeze window (allow_copy)"
+                )
+                raise error
+            mode = "copy-inside"
+    return layout.StoredMember(
+        volume=name,
+        size_bytes=virtual_size(source, name, image_format),
+        format=image_format,
+        mode=mode,
+        attributes=layout.Attributes.of(source),
+        file_bytes=os.fstat(source).st_size,
+    )
+
+
+def _check_room(root_fd: int, sources: Sequence[int]) -> None:
+    needed = sum(os.fstat(source).st_blocks * 512 for source in sources)
+    space = os.fstatvfs(root_fd)
+    free = space.f_bavail * space.f_frsize
+    if needed > free:
+        raise PoolFull(f"copying the volumes needs {needed} bytes and {free} are free; make room")
+
+
+def cut(reservation: Reservation, executor: Executor) -> None:
+    """Fix every volume's content, all or none; neither syncs nor, unless the caller allowed it, copies.
+
+    Raises VolumeChanged, VolumeNotFound, VolumeInUse, OSError; the caller then removes the group.
+    """
+    if reservation.was_cut:
+        return
+    parts = reservation.parts
+    for part in parts:
+        _check_same_file(reservation.root, part)
+    if len(parts) == 1:
+        _cut_part(parts[0])
+    else:
+        for done in [executor.submit(_cut_part, part) for part in parts]:
+            done.result()
+    for part in parts:
+        status = os.fstat(part.source)
+        part.stored.file_bytes, part.stored.mtime_ns = status.st_size, status.st_mtime_ns
+    cut_record = layout.Cut(members=[part.stored for part in parts])
+    layout.write(reservation.directory, layout.CUT, cut_record, durable=False)
+    reservation.was_cut = True
+
+
+def _cut_part(part: Part) -> None:
+    if part.stored.mode == "clone":
+        copying.clone(part.source, part.target)
+    elif part.stored.mode == "copy":
+        imagelock.hold(part.source, part.stored.volume)
+    else:
+        copying.copy(part.source, part.target, lambda _done: None)
+
+
+def _check_same_file(root_fd: int, part: Part) -> None:
+    """Raise VolumeChanged when the name is another file now, or has another size."""
+    volume = part.stored.volume
+    current = os.stat(volume, dir_fd=root_fd, follow_symlinks=False)
+    opened = os.fstat(part.source)
+    if (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino):
+        raise VolumeChanged(f"volume {volume} was replaced by another file since it was prepared", volume=volume)
+    if part.stored.format == "raw" and opened.st_size != part.stored.file_bytes:
+        raise VolumeChanged(f"volume {volume} was resized since it was prepared", volume=volume)
+
+
+def reopen(root_fd: int, group: str) -> Reservation:
+    """Return the reservation of a group that was cut before this process started.
+
+    Raises VolumeChanged when the cut did not survive: its record is missing, or a volume that was still to be
+    copied was written to since.
+    """
+    lost = VolumeChanged(f"the cut of {group} did not survive the restart", group=group)
+    with layout.group_directory(root_fd, group) as group_fd:
+        found = None if group_fd is None else layout.read(group_fd, layout.CUT)
+        if group_fd is None or found is None:
+            raise lost
+        members = layout.Cut.model_validate(found).members
+        reservation = Reservation(GroupSpec(group, ()), os.dup(root_fd), os.dup(group_fd), was_cut=True)
+    try:
+        for member in members:
+            target = open_beneath(reservation.directory, member.volume, os.O_RDWR)
+            part = Part(member, -1, target)
+            reservation.parts.append(part)
+            if member.mode == "copy":
+                part.source = open_volume(root_fd, member.volume)
+                imagelock.hold(part.source, member.volume)
+                _check_unwritten(part)
+            else:
+                _check_whole(part, lost)
+    except FileNotFoundError:
+        reservation.close()
+        raise lost from None
+    except BaseException:
+        reservation.close()
+        raise
+    return reservation
+
+
+def _check_whole(part: Part, lost: VolumeChanged) -> None:
+    """Raise unless a clone survived: the file system sets its size in the cut's last step."""
+    if os.fstat(part.target).st_size != part.stored.file_bytes:
+        raise lost
+
+
+def _check_unwritten(part: Part) -> None:
+    status = os.fstat(part.source)
+    if (status.st_size, status.st_mtime_ns) != (part.stored.file_bytes, part.stored.mtime_ns):
+        volume = part.stored.volume
+        raise VolumeChanged(f"volume {volume} was written to before its copy was complete", volume=volume)
+
+
+def settle(reservation: Reservation, cut_time: datetime, record: str, progress: ReportProgress) -> layout.Manifest:
+    """Copy what was only locked, make everything durable, write the manifest.
+
+    Raises VolumeChanged, PoolFull, Cancelled, OSError.
+    """
+    copied = [part for part in reservation.parts if part.stored.mode == "copy"]
+    total = sum(os.fstat(part.source).st_blocks * 512 for part in copied)
+    done = 0
+
+    def report(length: int) -> None:
+        nonlocal done
+        done += length
+        progress(min(done, total), total)
+
+    progress(0, total)
+    for part in copied:
+        copying.copy(part.source, part.target, report)
+        _check_unwritten(part)
+    for part in reservation.parts:
+        os.fchmod(part.target, 0o400)
+        os.fsync(part.target)
+        part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.format)
+    with directory(layout.SNAPSHOTS, reservation.root) as snapshots_fd:
+        os.fsync(snapshots_fd)
+    os.fsync(reservation.root)
+    members = [part.stored for part in reservation.parts]
+    manifest = layout.Manifest(group=reservation.spec.group, cut_time=cut_time, members=members, record=record)
+    layout.write(reservation.directory, layout.MANIFEST, manifest)
+    layout.remove(reservation.directory, layout.CUT)
+    return manifest
+
+
+def member_of(stored: layout.StoredMember, handle: str = "", local_path: str = "") -> Member:
+    """Return a stored member as the interface has it."""
+    return Member(stored.volume, stored.size_bytes, stored.format, stored.mode, handle, local_path)

@@ -1,0 +1,130 @@
+"""Setting volumes back: a copy of the member is staged beside the snapshot and renamed over the volume.
+
+The staged files are complete and durable, with the volume's owner, mode and attributes, before the first
+rename; a rename that was done is not done again. While it is under way nobody can open the volumes for writing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from providers.base import PoolFull, ReportProgress, VolumeNotFound
+from providers.nfs import copying, imagelock, layout
+from providers.nfs.beneath import directory, open_beneath, open_volume
+
+_STAGED = ".staged.json"
+
+
+def lock(root_fd: int, volumes: Sequence[str]) -> list[int]:
+    """Keep the volumes that exist from being opened for writing, until the descriptors are closed.
+
+    Raises VolumeInUse, OSError.
+    """
+    held: list[int] = []
+    try:
+        for volume in volumes:
+            with suppress(VolumeNotFound):  # a lost volume is what a revert brings back
+                held.append(open_volume(root_fd, volume))
+                imagelock.hold(held[-1], volume)
+    except BaseException:
+        unlock(held)
+        raise
+    return held
+
+
+def unlock(held: Sequence[int]) -> None:
+    """End lock()."""
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def stage(root_fd: int, group: str, volumes: Sequence[str], progress: ReportProgress, *, cloning: bool) -> None:
+    """Make complete, durable files beside the snapshot, ready to be renamed. Repeatable.
+
+    Raises SnapshotNotFound, PoolFull, Cancelled, OSError.
+    """
+    manifest = layout.manifest(root_fd, group)
+    members = [manifest.member(volume) for volume in volumes]
+    with directory(layout.group_path(group), root_fd) as group_fd:
+        layout.remove_tree(group_fd, layout.REVERT)
+        layout.make_directory(group_fd, layout.REVERT)
+        with directory(layout.REVERT, group_fd) as staging_fd:
+            try:
+                _fill(root_fd, group_fd, staging_fd, members, progress, cloning)
+            except BaseException:
+                layout.remove_tree(group_fd, layout.REVERT)
+                raise
+            layout.write(staging_fd, _STAGED, layout.Cut(members=members))
+        os.fsync(group_fd)
+
+
+def _fill(
+    root_fd: int,
+    group_fd: int,
+    staging_fd: int,
+    members: Sequence[layout.StoredMember],
+    progress: ReportProgress,
+    cloning: bool,
+) -> None:
+    sources = [open_beneath(group_fd, member.volume, os.O_RDONLY) for member in members]
+    try:
+        total = 0 if cloning else sum(os.fstat(source).st_blocks * 512 for source in sources)
+        space = os.fstatvfs(root_fd)
+        if total > space.f_bavail * space.f_frsize:
+            raise PoolFull(f"setting the volumes back needs {total} bytes; make room")
+        done = 0
+
+        def report(length: int) -> None:
+            nonlocal done
+            done += length
+            progress(min(done, total), total)
+
+        progress(0, total)
+        for member, source in zip(members, sources, strict=True):
+            target = open_beneath(staging_fd, member.volume, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                if cloning:
+                    copying.clone(source, target)
+                else:
+                    copying.copy(source, target, report)
+                _attributes(root_fd, member).put_on(target)
+                os.fsync(target)
+            finally:
+                os.close(target)
+    finally:
+        unlock(sources)
+
+
+def _attributes(root_fd: int, member: layout.StoredMember) -> layout.Attributes:
+    """Return those of the volume as it is now, or as it was at the cut when it is lost."""
+    try:
+        descriptor = open_volume(root_fd, member.volume)
+    except VolumeNotFound:
+        return member.attributes
+    try:
+        return layout.Attributes.of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def swap(root_fd: int, group: str) -> None:
+    """Rename what is staged into place. Repeatable: what was renamed before is not there any more."""
+    with layout.group_directory(root_fd, group) as group_fd:
+        if group_fd is None:
+            return
+        with suppress(FileNotFoundError), directory(layout.REVERT, group_fd) as staging_fd:
+            staged = layout.read(staging_fd, _STAGED)
+            for member in layout.Cut.model_validate(staged).members if staged else []:
+                with suppress(FileNotFoundError):
+                    os.rename(member.volume, member.volume, src_dir_fd=staging_fd, dst_dir_fd=root_fd)
+            os.fsync(root_fd)
+        layout.remove_tree(group_fd, layout.REVERT)
+
+
+def abort(root_fd: int, group: str) -> None:
+    """Remove what is staged."""
+    with layout.group_directory(root_fd, group) as group_fd:
+        if group_fd is not None:
+            layout.remove_tree(group_fd, layout.REVERT)
