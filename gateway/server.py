@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import grp
 import os
+import resource
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,7 @@ async def run(config: Config) -> None:
     Raises JournalError, ListenError; OSError when the metrics' address is taken.
     """
     limits = config.gateway.limits
+    _raise_file_limit()
     journal = Journal(config.gateway.journal)
     pools = Pools(config.pools, limits)
     core = Core(journal, pools, limits)
@@ -81,6 +83,12 @@ async def run(config: Config) -> None:
         journal.close()
         pools.close()
     log.info("stopped")
+
+
+def _raise_file_limit() -> None:
+    """Allow all the files that we may have: a reservation holds two a volume."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(server: grpc.aio.Server, address: str, gateway: Gateway) -> None:

@@ -29,7 +29,14 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold" if terminal else "ignore", no_wrap=not terminal)
     for row in rows:
         table.add_row(*(Text(printable(cell), style=_COLOURS.get(cell, "")) for cell in row))
-    Console(width=None if terminal else _PIPE_WIDTH).print(table, crop=False)
+    console = Console(width=None if terminal else _PIPE_WIDTH)
+    if terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table, crop=False)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import tempfile
@@ -18,10 +16,8 @@ from providers.base import BlockReader, CapabilityMissing, Extent, PoolUnavailab
 from providers.nfs import copying
 
 _START_TIMEOUT_S = 10.0
-_PR_SET_PDEATHSIG = 1
 _EXTERNAL_DATA_FILE = 4
 _EXTENTS_BYTES = 1024 * 1024 * 1024
-_libc = ctypes.CDLL(None)
 
 
 class RawReader(BlockReader):
@@ -63,6 +59,8 @@ class Qcow2Reader(BlockReader):
         self._directory = ""
         nbd = _libnbd()
         check_self_contained(image)
+        if shutil.which("qemu-nbd") is None:
+            raise CapabilityMissing("reading qcow2 needs qemu-nbd (Debian: qemu-utils)")
         self._directory = tempfile.mkdtemp(prefix="frostgate-read-")
         try:
             self._start(nbd, image)
@@ -72,17 +70,28 @@ class Qcow2Reader(BlockReader):
 
     def _start(self, nbd: Any, image: Path) -> None:
         socket = f"{self._directory}/nbd.sock"
-        command = ["qemu-nbd", "--read-only", "--persistent", "--format=qcow2", "--shared=1", "--socket", socket]
+        # setpriv, not preexec_fn: running Python between fork and exec is not safe beside gRPC's threads
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "qemu-nbd",
+            "--read-only",
+            "--persistent",
+            "--format=qcow2",
+            "--shared=1",
+            "--socket",
+            socket,
+        ]
         try:
             self._server = subprocess.Popen(
                 [*command, str(image)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - only calls prctl
             )
         except FileNotFoundError:
-            raise CapabilityMissing("reading qcow2 needs qemu-nbd (Debian: qemu-utils)") from None
+            raise CapabilityMissing("reading qcow2 needs setpriv (Debian: util-linux)") from None
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not Path(socket).exists():
             if self._server.poll() is not None:
@@ -161,7 +170,3 @@ def _libnbd() -> Any:
     except ImportError:
         raise CapabilityMissing("reading qcow2 needs libnbd's Python binding (Debian: python3-libnbd)") from None
     return nbd
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
