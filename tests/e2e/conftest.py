@@ -1,0 +1,51 @@
+"""One hypervisor, one XFS pool and one guest with two disks for the module that asks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.gateway_process import GatewayProcess
+from tests.lab import state
+from tests.lab.disk import create_disk
+from tests.lab.filesystems import mount_filesystem
+from tests.lab.hypervisor import Hypervisor
+from tests.lab.machine import Disk, Machine
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A gateway, a libvirtd and a running guest whose disks are in the gateway's pool."""
+
+    gateway: GatewayProcess
+    hypervisor: Hypervisor
+    machine: Machine
+    pool: Path
+
+    def vm(self, *words: str):  # type: ignore[no-untyped-def]
+        """Run `frostgate vm ...`."""
+        return self.gateway.cli("vm", *words, env={"LIBVIRT_DEFAULT_URI": self.hypervisor.uri})
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    lab = state.prepare()
+    with (
+        mount_filesystem("xfs", lab / "e2e-pool", 2048 * MIB) as filesystem,
+        GatewayProcess(
+            tmp_path_factory.mktemp("gateway"), {"fast": {"kind": "nfs", "root": str(filesystem.directory)}}
+        ) as gateway,
+        Hypervisor(name="e2e") as hypervisor,
+    ):
+        disks = [Disk(create_disk(filesystem.directory / f"{letter}.raw", 256 * MIB, "ext4")) for letter in "ab"]
+        machine = Machine(hypervisor, "web1", disks, writer=True, hook=True)
+        try:
+            machine.start()
+            machine.wait_agent()
+            yield Cloud(gateway, hypervisor, machine, filesystem.directory)
+        finally:
+            machine.undefine()
+    state.release()
