@@ -84,3 +84,70 @@ def test_kill_9_of_the_coordinator_leaves_no_frozen_guest_and_no_snapshot(cloud:
     assert cloud.gateway.cli("snapshot", "list", "--output", "json").stdout.strip() == "[]"
     assert cloud.gateway.cli("volumes", "fast/a.raw").returncode == 0
     assert cloud.machine.fsfreeze_status() == "thawed"
+
+
+def test_a_guest_that_thawed_before_the_cut_was_done_keeps_no_snapshot(cloud: Cloud) -> None:
+    """Somebody thaws the guest while the gateway hangs in the cut."""
+    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
+    command = [FROSTGATE, "vm", "snapshot", "web1", "--id", "thawed", "--max-freeze", "10"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as coordinator:
+        deadline = time.monotonic() + 30
+        while not (cloud.pool / ".frostgate" / "thawed").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(cloud.gateway.pid, signal.SIGSTOP)
+        try:
+            while cloud.machine.fsfreeze_status() != "frozen":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            cloud.machine.domain.fsThaw()
+        finally:
+            os.kill(cloud.gateway.pid, signal.SIGCONT)
+        _, said = coordinator.communicate(timeout=30)
+    assert coordinator.returncode == 6, said
+    assert "still were when the cut was done" in said
+    assert not (cloud.pool / ".frostgate").exists()
+    assert cloud.machine.fsfreeze_status() == "thawed"
+    assert cloud.gateway.cli("snapshot", "show", "thawed").returncode == 3
+
+
+def test_max_freeze_thaws_the_guest_while_the_gateway_hangs(cloud: Cloud) -> None:
+    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
+    command = [FROSTGATE, "vm", "snapshot", "web1", "--id", "slow", "--max-freeze", "2"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as coordinator:
+        deadline = time.monotonic() + 30
+        while not (cloud.pool / ".frostgate" / "slow").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(cloud.gateway.pid, signal.SIGSTOP)
+        try:
+            while cloud.machine.fsfreeze_status() != "frozen":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            frozen = time.monotonic()
+            tick = cloud.machine.last_tick()
+            assert tick is not None
+            cloud.machine.wait_tick(beyond=tick.number + 2, timeout_s=10)
+            assert time.monotonic() - frozen < 3  # max-freeze + 1 s
+        finally:
+            os.kill(cloud.gateway.pid, signal.SIGCONT)
+        _, said = coordinator.communicate(timeout=60)
+    assert coordinator.returncode == 6, said
+    assert cloud.machine.fsfreeze_status() == "thawed"
+    assert cloud.gateway.cli("snapshot", "show", "slow").returncode == 3
+
+
+def test_a_revert_refuses_a_running_vm_and_stops_it_when_told(cloud: Cloud) -> None:
+    cloud.machine.write_file("/mnt/vda/note", b"whole")
+    cloud.machine.exec(["/bin/sh", "-c", "sync"])
+    assert cloud.vm("snapshot", "web1", "--id", "before").returncode == 0
+    cloud.machine.write_file("/mnt/vda/note", b"damaged")
+    refused = cloud.vm("revert", "web1", "before", "--yes")
+    assert refused.returncode == 4
+    assert "--stop" in refused.stderr
+    done = cloud.vm("revert", "web1", "before", "--yes", "--stop", "--safety-id", "after")
+    assert done.returncode == 0, done.stderr
+    cloud.machine.wait_agent()
+    assert cloud.machine.read_file("/mnt/vda/note") == b"whole"
+    assert cloud.vm("delete", "before", "after", "missing", "--yes").returncode == 0
+    assert not (cloud.pool / ".frostgate").exists()
