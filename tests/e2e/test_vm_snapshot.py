@@ -5,10 +5,17 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
 
 from tests.e2e.conftest import Cloud
 from tests.gateway_process import FROSTGATE
+from tests.holding_proxy import HoldingProxy
 from tests.lab.disk import read_counter
 
 
@@ -48,93 +55,84 @@ def test_a_frozen_guest_is_found_and_not_frozen_again(cloud: Cloud) -> None:
     assert cloud.machine.fsfreeze_status() == "thawed"
 
 
-def test_kill_9_of_the_coordinator_leaves_no_frozen_guest_and_no_snapshot(cloud: Cloud) -> None:
-    """The gateway is stopped (SIGSTOP), so that the cut hangs while the guest is frozen; then the coordinator dies."""
-    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
-    command = [FROSTGATE, "vm", "snapshot", "web1", "--id", "killed", "--max-freeze", "4"]
-    gateway = cloud.gateway.pid
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as coordinator:
-        deadline = time.monotonic() + 30
-        while not (cloud.pool / ".frostgate" / "killed").exists():
-            assert time.monotonic() < deadline
-            assert coordinator.poll() is None
-            time.sleep(0.002)
-        time.sleep(0.02)  # the reservation is written; the freeze takes a tenth of a second
-        os.kill(gateway, signal.SIGSTOP)
-        try:
-            while cloud.machine.fsfreeze_status() != "frozen":
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            coordinator.kill()
-            killed = time.monotonic()
-            frozen_at = cloud.machine.last_tick()
-            assert frozen_at is not None
-            cloud.machine.wait_tick(beyond=frozen_at.number + 2, timeout_s=10)
-            assert time.monotonic() - killed < 5  # max-freeze + 1 s
-        finally:
-            os.kill(gateway, signal.SIGCONT)
-    cloud.gateway.kill()
-    cloud.gateway.start()
+@contextmanager
+def stuck(cloud: Cloud, tmp_path: Path, group: str, max_freeze: float) -> Iterator[tuple[Popen[str], HoldingProxy]]:
+    """`frostgate vm snapshot` with the guest frozen and the cut hanging."""
+    with HoldingProxy(cloud.gateway.address, tmp_path / "proxy.sock", "CreateGroupSnapshot") as proxy:
+        environment = {
+            **cloud.gateway.environment,
+            "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri,
+            "FROSTGATE_ADDRESS": proxy.address,
+        }
+        command = [FROSTGATE, "vm", "snapshot", "web1", "--id", group, "--max-freeze", str(max_freeze)]
+        with Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as coordinator:
+            assert proxy.held.wait(30)
+            assert cloud.machine.fsfreeze_status() == "frozen"
+            yield coordinator, proxy
+
+
+def frozen_tick(cloud: Cloud) -> int:
+    time.sleep(0.1)  # the console's last bytes
+    tick = cloud.machine.last_tick()
+    assert tick is not None
+    return tick.number
+
+
+def assert_nothing_is_left(cloud: Cloud, group: str) -> None:
     deadline = time.monotonic() + 10
     while (cloud.pool / ".frostgate").exists():
         assert time.monotonic() < deadline, os.listdir(cloud.pool / ".frostgate")
         time.sleep(0.05)
-    assert cloud.gateway.cli("snapshot", "list", "--output", "json").stdout.strip() == "[]"
-    assert cloud.gateway.cli("volumes", "fast/a.raw").returncode == 0
+    assert cloud.gateway.cli("snapshot", "show", group).returncode == 3
     assert cloud.machine.fsfreeze_status() == "thawed"
 
 
-def test_a_guest_that_thawed_before_the_cut_was_done_keeps_no_snapshot(cloud: Cloud) -> None:
-    """Somebody thaws the guest while the gateway hangs in the cut."""
-    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
-    command = [FROSTGATE, "vm", "snapshot", "web1", "--id", "thawed", "--max-freeze", "10"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as coordinator:
-        deadline = time.monotonic() + 30
-        while not (cloud.pool / ".frostgate" / "thawed").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(cloud.gateway.pid, signal.SIGSTOP)
-        try:
-            while cloud.machine.fsfreeze_status() != "frozen":
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            cloud.machine.domain.fsThaw()
-        finally:
-            os.kill(cloud.gateway.pid, signal.SIGCONT)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_coordinator_leaves_no_frozen_guest_and_no_snapshot(
+    cloud: Cloud, tmp_path: Path, number: signal.Signals
+) -> None:
+    with stuck(cloud, tmp_path, "killed", 4) as (coordinator, _):
+        tick = frozen_tick(cloud)
+        coordinator.send_signal(number)
+        killed = time.monotonic()
+        cloud.machine.wait_tick(beyond=tick + 2, timeout_s=10)
+        assert time.monotonic() - killed < 5  # max-freeze + 1 s
+        coordinator.wait(30)
+        cloud.gateway.kill()
+        cloud.gateway.start()
+    assert_nothing_is_left(cloud, "killed")
+    assert cloud.vm("snapshot", "web1", "--id", "again").returncode == 0
+    assert cloud.vm("delete", "again", "--yes").returncode == 0
+
+
+def test_a_guest_that_thawed_before_the_cut_was_done_keeps_no_snapshot(cloud: Cloud, tmp_path: Path) -> None:
+    with stuck(cloud, tmp_path, "thawed", 10) as (coordinator, proxy):
+        cloud.machine.domain.fsThaw()
+        proxy.release.set()
         _, said = coordinator.communicate(timeout=30)
     assert coordinator.returncode == 6, said
     assert "still were when the cut was done" in said
-    assert not (cloud.pool / ".frostgate").exists()
-    assert cloud.machine.fsfreeze_status() == "thawed"
-    assert cloud.gateway.cli("snapshot", "show", "thawed").returncode == 3
+    assert_nothing_is_left(cloud, "thawed")
 
 
-def test_max_freeze_thaws_the_guest_while_the_gateway_hangs(cloud: Cloud) -> None:
-    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
-    command = [FROSTGATE, "vm", "snapshot", "web1", "--id", "slow", "--max-freeze", "2"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as coordinator:
-        deadline = time.monotonic() + 30
-        while not (cloud.pool / ".frostgate" / "slow").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(cloud.gateway.pid, signal.SIGSTOP)
-        try:
-            while cloud.machine.fsfreeze_status() != "frozen":
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            frozen = time.monotonic()
-            tick = cloud.machine.last_tick()
-            assert tick is not None
-            cloud.machine.wait_tick(beyond=tick.number + 2, timeout_s=10)
-            assert time.monotonic() - frozen < 3  # max-freeze + 1 s
-        finally:
-            os.kill(cloud.gateway.pid, signal.SIGCONT)
+def test_max_freeze_thaws_the_guest_while_the_gateway_hangs(cloud: Cloud, tmp_path: Path) -> None:
+    with stuck(cloud, tmp_path, "slow", 2) as (coordinator, _):
+        frozen = time.monotonic()
+        cloud.machine.wait_tick(beyond=frozen_tick(cloud) + 2, timeout_s=10)
+        assert time.monotonic() - frozen < 3  # max-freeze + 1 s
         _, said = coordinator.communicate(timeout=60)
     assert coordinator.returncode == 6, said
+    assert_nothing_is_left(cloud, "slow")
+
+
+def test_a_dead_guard_does_not_keep_the_coordinator_from_thawing(cloud: Cloud, tmp_path: Path) -> None:
+    with stuck(cloud, tmp_path, "unguarded", 5) as (coordinator, proxy):
+        for child in psutil.Process(coordinator.pid).children():
+            child.kill()
+        proxy.release.set()
+        coordinator.communicate(timeout=30)
     assert cloud.machine.fsfreeze_status() == "thawed"
-    assert cloud.gateway.cli("snapshot", "show", "slow").returncode == 3
+    assert cloud.vm("delete", "unguarded", "--yes").returncode == 0
 
 
 def test_a_revert_refuses_a_running_vm_and_stops_it_when_told(cloud: Cloud) -> None:
