@@ -91,6 +91,8 @@ def _from_storage(group_id: str, parts: dict[str, StoredGroup]) -> Group:
         except ValueError as error:
             log.warning("a stored record cannot be read", group=group_id, error=str(error))
             continue
+        if not group.snapshot.HasField("ready_time"):  # the record is written just before it is READY
+            group.snapshot.ready_time.CopyFrom(group.snapshot.cut_time)
         lost = sorted({member.volume.pool for member in group.snapshot.members} - parts.keys())
         if lost:
             _damage(group, lost)
