@@ -137,9 +137,12 @@ class Journal:
         """Write the group's snapshot, state and phase. Parent and current are left alone."""
         await self._write(lambda connection: _save(connection, group))
 
-    async def save_cut(self, group: Group) -> None:
-        """save(), and make it its VM's current snapshot; fills parent and current in group.snapshot."""
-        await self._write(lambda connection: _save_cut(connection, group))
+    async def save_cut(self, group: Group) -> list[str]:
+        """save(), and make it its VM's current snapshot; fills parent and current in group.snapshot.
+
+        Returns the id that was current before, if any: its place in the tree changed.
+        """
+        return await self._write(lambda connection: _save_cut(connection, group))
 
     async def save_reverted(self, group: Group) -> list[str]:
         """save(), and make it its VM's current snapshot. Returns the ids whose place in the tree changed."""
@@ -276,7 +279,7 @@ def _save(connection: sa.Connection, group: Group) -> None:
     connection.execute(sa.update(_groups).where(_groups.c.id == group.id).values(**_changing(group)))
 
 
-def _save_cut(connection: sa.Connection, group: Group) -> None:
+def _save_cut(connection: sa.Connection, group: Group) -> list[str]:
     vm = group.snapshot.vm
     if vm.uuid:
         vm.parent_id = _current(connection, vm.uuid) or ""
@@ -284,6 +287,7 @@ def _save_cut(connection: sa.Connection, group: Group) -> None:
         _set_current(connection, vm.uuid, group.id)
         connection.execute(sa.update(_groups).where(_groups.c.id == group.id).values(parent_id=vm.parent_id))
     _save(connection, group)
+    return [vm.parent_id] if vm.parent_id else []
 
 
 def _save_reverted(connection: sa.Connection, group: Group) -> list[str]:

@@ -71,6 +71,7 @@ async def reconcile(core: Core) -> Reconciled:
         failed = group.snapshot.state == states.FAILED
         (outcome.incomplete if failed else outcome.restored).append(group_id)
     restored.sort(key=lambda group: group.snapshot.cut_time.ToNanoseconds())
+    _one_current(restored)
     await core.journal.restore(restored)
     for group in known.values():
         if group.snapshot.state != states.READY:
@@ -115,6 +116,17 @@ def _from_storage(group_id: str, parts: dict[str, StoredGroup]) -> Group:
             for time in (snapshot.create_time, snapshot.cut_time, snapshot.ready_time):
                 time.FromDatetime(part.cut_time)
     return Group(snapshot, spec)
+
+
+def _one_current(groups: list[Group]) -> None:
+    """Leave one current snapshot a VM, the latest: a crash can have kept an older record from being written."""
+    seen = set()
+    for group in reversed(groups):
+        vm = group.snapshot.vm
+        if vm.current and vm.uuid in seen:
+            vm.current = False
+        if vm.current:
+            seen.add(vm.uuid)
 
 
 def _damage(group: Group, lost: list[str]) -> None:

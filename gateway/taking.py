@@ -241,7 +241,7 @@ async def _cut(core: Core, live: Live, group: Group, confirm_s: float | None) ->
     _fill_members(group, results)
     states.move(snapshot, states.COPYING)
     try:
-        await core.journal.save_cut(group)
+        relatives = await core.journal.save_cut(group)
     except Exception:
         # nobody was promised anything: undo it now; the row is still PREPARED, and goes at its expiry
         await core.in_pools(group, lambda pool: deleting.abort(pool, group.id))
@@ -253,6 +253,7 @@ async def _cut(core: Core, live: Live, group: Group, confirm_s: float | None) ->
         live.expire_in(confirm_s, lambda: core.spawn(deleting.expire(core, group.id)))
     live.begin()
     live.job = core.spawn(_settle(core, live, group.id))
+    core.spawn(deleting.redescribe(core, relatives))
     live.notify()
 
 

@@ -42,8 +42,8 @@ fi
 echo "image: building $image"
 version=$(.venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("frostgate"))')
 # the host's certificates serve hosts whose network has an authority of its own
-buildah "${storage[@]}" build --quiet --isolation chroot --network host --volume /etc/ssl/certs:/etc/ssl/certs:ro \
-  --build-arg PIP_CERT=/etc/ssl/certs/ca-certificates.crt --build-arg VERSION="$version" \
+buildah "${storage[@]}" build --quiet --isolation chroot --network host --volume /etc/ssl/certs:/run/host-certs:ro \
+  --build-arg PIP_CERT=/run/host-certs/ca-certificates.crt --build-arg VERSION="$version" \
   --file packaging/Dockerfile --ignorefile packaging/dockerignore --tag "$image" . >/dev/null
 
 echo "image: starting frostgate serve in it"
