@@ -1,4 +1,4 @@
-"""One hypervisor, one XFS pool and one guest with two disks for the module that asks."""
+"""One hypervisor, one XFS pool and one running guest with two disks, for each module that asks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
