@@ -5,12 +5,14 @@ the death of the coordinator (kill -9 included) reaches it. On its standard inpu
 each, "freezing" (or "pausing") just before it does so and "thawed" once the guest is known to run again. When
 the input ends, or `max_freeze_s` passes after "freezing", the guard thaws, as often as it takes, until the guest
 says that it is thawed or the VM is gone. A freeze that the dead coordinator had sent may still be on its way:
-so it looks again for a while.
+so it looks again for a while. One guard a VM at a time: the next one arms itself when this one has gone, so
+that it never thaws what another coordinator has frozen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -18,8 +20,10 @@ import signal
 import subprocess
 import sys
 import syslog
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -57,7 +61,9 @@ class Guard:
         if not self._hears("armed", _ARM_TIMEOUT_S):
             self._process.kill()
             self._process.wait()
-            raise NotQuiet("the thaw guard could not be started; nothing was frozen")
+            raise NotQuiet(
+                "the thaw guard could not be armed, or another snapshot of this VM is under way; nothing was frozen"
+            )
 
     def freezing(self) -> None:
         """Say that the freeze is sent now: the clock runs. Raises NotQuiet when the guard is dead."""
@@ -126,8 +132,17 @@ def main() -> int:
     if not first:
         return 0
     watched = _Watched(**json.loads(first))
+    lock = _lock(watched.uuid)  # until we exit
     domains.find(domains.connect(watched.uri), watched.uuid)
     _say("armed")
+    try:
+        return _watch(watched, lines)
+    finally:
+        os.close(lock)
+
+
+def _watch(watched: _Watched, lines: _Lines) -> int:
+    """Wait for the freeze, then for its end; thaw when that does not come."""
     word = lines.next(None)
     if word not in ("freezing", "pausing"):
         return 0
@@ -142,6 +157,15 @@ def main() -> int:
     _log(watched, f"{'max-freeze has passed' if expired else 'the coordinator is gone'}: thawing")
     _free(watched, until=max(time.monotonic(), began + watched.max_freeze_s) + _LOOK_AGAIN_S, lines=lines)
     return 0
+
+
+def _lock(uuid: str) -> int:
+    """Wait until no other guard of this machine guards the VM, and return the lock's descriptor."""
+    directory = Path("/run/frostgate" if os.geteuid() == 0 else f"{tempfile.gettempdir()}/frostgate-{os.geteuid()}")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(directory / f"guard-{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _free(watched: _Watched, until: float, lines: _Lines) -> None:

@@ -95,3 +95,17 @@ def test_a_dead_guard_does_not_keep_the_coordinator_from_thawing(cloud: Cloud, t
         coordinator.communicate(timeout=30)
     assert cloud.machine.fsfreeze_status() == "thawed"
     assert cloud.vm("delete", "unguarded", "--yes").returncode == 0
+
+
+def test_two_snapshots_of_one_vm_at_once_do_not_thaw_each_other(cloud: Cloud) -> None:
+    environment = {**cloud.gateway.environment, "LIBVIRT_DEFAULT_URI": cloud.hypervisor.uri}
+    names = ["at-once-a", "at-once-b", "at-once-c"]
+    running = [
+        Popen([FROSTGATE, "vm", "snapshot", "web1", "--id", name], env=environment, stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    assert all(code == 0 or "frozen already" in said for said, code in outcomes), outcomes
+    assert any(code == 0 for _, code in outcomes)
+    assert cloud.machine.fsfreeze_status() == "thawed"
+    assert cloud.vm("delete", *names, "--yes").returncode == 0
