@@ -1,4 +1,4 @@
-"""Reverting volumes to a group snapshot: safety snapshot, staging in every pool, then the swap in every pool.
+"""Reverting volumes to a group snapshot: staging in every pool, safety snapshot, then the swap in every pool.
 
 Until the first swap a failure changes nothing. From there on it only goes forward: the journal has the phase,
 and a gateway that died finishes, so that no VM is left with volumes of two different times.
@@ -177,6 +177,16 @@ async def _run(core: Core, live: Live, group: Group) -> None:
 
 
 async def _stage(core: Core, live: Live, group: Group) -> None:
+    """Stage first, which keeps the volumes from being written; the safety snapshot then is of what will be replaced."""
+
+    async def verb(pool: Pool) -> None:
+        names = _names(group, pool)
+        if names:
+            report = live.reporter(pool.name)
+            await pool.work.run(None, lambda: pool.provider.prepare_revert(group.id, names, report))
+
+    if error := first_error(await core.in_pools(group, verb)):
+        raise error
     safety_id = group.snapshot.revert.safety_id
     chosen = group.snapshot.revert.volumes
     if safety_id:
@@ -188,16 +198,10 @@ async def _stage(core: Core, live: Live, group: Group) -> None:
         if group.snapshot.HasField("vm"):
             vm = group.snapshot.vm
             spec.vm.CopyFrom(pb.VmRecord(uuid=vm.uuid, name=vm.name, domain_xml=vm.domain_xml))
+        earlier = await core.journal.get(safety_id)
+        if earlier and earlier.snapshot.labels.get(SAFETY_LABEL) == group.id:
+            await deleting.delete(core, safety_id)  # of before a crash: the VM may have run meanwhile
         await take_and_settle(core, safety_id, spec)
-
-    async def verb(pool: Pool) -> None:
-        names = _names(group, pool)
-        if names:
-            report = live.reporter(pool.name)
-            await pool.work.run(None, lambda: pool.provider.prepare_revert(group.id, names, report))
-
-    if error := first_error(await core.in_pools(group, verb)):
-        raise error
 
 
 async def _swap(core: Core, live: Live, group: Group, pool: Pool) -> None:
