@@ -20,13 +20,13 @@ from gateway.groups import Core, Live, first_error, log
 from gateway.journal import Group
 from gateway.metrics import UNDONE
 from gateway.pools import Pool, TimedOut
-from providers.base import Cancelled, PoolUnavailable, ProviderError
+from providers.base import Cancelled, PoolUnavailable, ProviderError, SnapshotInUse
 
 
 async def delete(core: Core, group_id: str) -> pb.GroupSnapshot | None:
     """Begin to delete a group in any state; None when there is nothing to delete. Repeatable.
 
-    Raises Refused OPERATION_PENDING while it is being reverted to.
+    Raises Refused OPERATION_PENDING while it is being reverted to, SnapshotInUse while the storage needs it.
     """
 
     async def work(live: Live) -> pb.GroupSnapshot | None:
@@ -40,11 +40,24 @@ async def delete(core: Core, group_id: str) -> pb.GroupSnapshot | None:
                 group_snapshot=group_id,
             )
         if group.snapshot.state != states.DELETING:
+            if group.snapshot.state == states.READY:
+                await _check_deletable(core, group)
             await _mark(core, live, group)
             live.job = core.spawn(_remove(core, live, group, live.job))
         return group.snapshot
 
     return await core.exclusive(group_id, work)
+
+
+async def _check_deletable(core: Core, group: Group) -> None:
+    """Raise the first pool's SnapshotInUse. A pool that does not answer does not hinder: its deletion waits."""
+
+    async def verb(pool: Pool) -> None:
+        await pool.ask(partial(pool.provider.check_deletable, group.id))
+
+    for result in (await core.in_pools(group, verb)).values():
+        if isinstance(result, SnapshotInUse):
+            raise result
 
 
 def delete_again(core: Core, group: Group) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import volume_pb2
@@ -70,6 +71,11 @@ async def reconcile(core: Core) -> Reconciled:
         restored.append(group)
         failed = group.snapshot.state == states.FAILED
         (outcome.incomplete if failed else outcome.restored).append(group_id)
+    for pool in core.pools.all():
+        for group_id in await pool.work.run(None, lambda provider=pool.provider: list(provider.leftovers())):  # type: ignore[misc]
+            if group_id not in known:
+                await _remove(core, group_id, {pool.name: StoredGroup(group_id, None, ())})
+                outcome.removed.append(group_id)
     restored.sort(key=lambda group: group.snapshot.cut_time.ToNanoseconds())
     _one_current(restored)
     await core.journal.restore(restored)
@@ -111,6 +117,7 @@ def _from_storage(group_id: str, parts: dict[str, StoredGroup]) -> Group:
                 format=member.format,
                 mode=member.mode,
                 local_path=member.local_path,
+                atomic=member.atomic,
             )
         if part.cut_time:
             for time in (snapshot.create_time, snapshot.cut_time, snapshot.ready_time):
@@ -144,6 +151,7 @@ async def _remove(core: Core, group_id: str, parts: dict[str, StoredGroup]) -> N
     for name in parts:
         pool = core.pools.get(name)
         try:
-            await pool.ask(lambda provider=pool.provider: provider.delete(group_id, lambda _done, _total: None))  # type: ignore[misc]
+            await pool.ask(partial(pool.provider.abort, group_id))
+            await pool.ask(partial(pool.provider.delete, group_id, lambda _done, _total: None))
         except ProviderError as error:
             log.warning("could not be removed", group=group_id, pool=name, error=str(error))

@@ -26,7 +26,13 @@ SWAPPING = "swapping"
 
 
 async def revert(
-    core: Core, group_id: str, volumes: Sequence[volume_pb2.VolumeRef], safety_id: str, *, no_safety: bool
+    core: Core,
+    group_id: str,
+    volumes: Sequence[volume_pb2.VolumeRef],
+    safety_id: str,
+    *,
+    no_safety: bool,
+    instant: bool = False,
 ) -> pb.GroupSnapshot:
     """Check a revert and begin it; a repeat with the same safety_id is the same revert.
 
@@ -55,7 +61,7 @@ async def revert(
             )
         core.claims.take(group_id, [(ref.pool, ref.volume) for ref in chosen], exclusive=True)
         try:
-            await _check_pools(core, chosen)
+            await _check_pools(core, chosen, instant=instant)
             states.move(group.snapshot, states.REVERTING)
             group.phase = STAGING
             group.snapshot.revert.CopyFrom(
@@ -64,6 +70,7 @@ async def revert(
                     volumes=chosen,
                     safety_id="" if no_safety else safety_id or _chosen_safety_id(group_id),
                     begin_time=stamp(),
+                    instant=instant,
                 )
             )
             await core.journal.save(group)
@@ -124,12 +131,19 @@ async def _is_repeat(core: Core, group: Group, chosen: list[volume_pb2.VolumeRef
     )
 
 
-async def _check_pools(core: Core, chosen: list[volume_pb2.VolumeRef]) -> None:
+async def _check_pools(core: Core, chosen: list[volume_pb2.VolumeRef], *, instant: bool) -> None:
     for pool_name in sorted({ref.pool for ref in chosen}):
         pool = core.pools.get(pool_name)
         capabilities = await pool.ask(pool.provider.capabilities)
         if not capabilities.revert:
             raise Refused("CAPABILITY_MISSING", f"pool {pool_name} cannot revert", pool=pool_name, capability="revert")
+        if instant and not capabilities.instant_revert:
+            raise Refused(
+                "CAPABILITY_MISSING",
+                f"pool {pool_name} cannot revert in an instant; leave `instant` out",
+                pool=pool_name,
+                capability="instant_revert",
+            )
         if capabilities.online_revert:
             continue
         for name in (ref.volume for ref in chosen if ref.pool == pool_name):
@@ -182,8 +196,8 @@ async def _stage(core: Core, live: Live, group: Group) -> None:
     async def verb(pool: Pool) -> None:
         names = _names(group, pool)
         if names:
-            report = live.reporter(pool.name)
-            await pool.work.run(None, lambda: pool.provider.prepare_revert(group.id, names, report))
+            stage = partial(pool.provider.prepare_revert, instant=group.snapshot.revert.instant)
+            await pool.work.run(None, partial(stage, group.id, names, live.reporter(pool.name)))
 
     if error := first_error(await core.in_pools(group, verb)):
         raise error

@@ -163,7 +163,12 @@ class SnapshotProvider(snapshot_provider_pb2_grpc.SnapshotProviderServicer):
         """Begin a revert."""
         await self._visible(identity(), request.id, "revert")
         snapshot = await reverting.revert(
-            self._core, request.id, request.volumes, request.safety_id, no_safety=request.no_safety
+            self._core,
+            request.id,
+            request.volumes,
+            request.safety_id,
+            no_safety=request.no_safety,
+            instant=request.instant,
         )
         return rpc.RevertGroupSnapshotResponse(group_snapshot=self._shown(snapshot))
 
@@ -188,8 +193,8 @@ class SnapshotProvider(snapshot_provider_pb2_grpc.SnapshotProviderServicer):
         self, request: rpc.CloneGroupSnapshotRequest, context: Any
     ) -> rpc.CloneGroupSnapshotResponse:
         """Make new volumes from members."""
-        group = await self._visible(identity(), request.id, "snapshot")
-        volumes = await cloning.clone(self._core, group, request.clones)
+        await self._visible(identity(), request.id, "snapshot")
+        volumes = await cloning.clone(self._core, request.id, request.clones)
         return rpc.CloneGroupSnapshotResponse(
             volumes=[_volume(clone.source.pool, volume) for clone, volume in zip(request.clones, volumes, strict=True)]
         )
@@ -216,8 +221,9 @@ class SnapshotProvider(snapshot_provider_pb2_grpc.SnapshotProviderServicer):
         """Stream what differs between two snapshots."""
         group = await self._visible(identity(), request.id, "read")
         if request.base_id:
-            await self._visible(identity(), request.base_id, "read")
-        async for part in streaming.changed_extents(self._core, group, request.volume, request.base_id or None):
+            base = await self._visible(identity(), request.base_id, "read")
+            streaming.readable(self._core, base, request.volume)
+        async for part in streaming.changed_extents(self._core, group, request):
             yield part
 
     async def _visible(self, caller: Identity, group_id: str, right: Any) -> Group:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from itertools import islice
 
 from frostgate.v1 import snapshot_provider_pb2 as rpc
@@ -55,13 +55,26 @@ async def allocated_extents(
 
 
 async def changed_extents(
-    core: Core, group: Group, volume: volume_pb2.VolumeRef, base: str | None
+    core: Core, group: Group, request: rpc.ListChangedExtentsRequest
 ) -> AsyncIterator[rpc.ListChangedExtentsResponse]:
     """Yield what differs between two snapshots of a volume."""
-    pool = readable(core, group, volume)
-    extents = await pool.ask(lambda: pool.provider.changed_extents(group.id, volume.volume, base))
-    while batch := await pool.read.run(core.limits.call_timeout_s, lambda: _batch(extents)):
-        yield rpc.ListChangedExtentsResponse(extents=batch)
+    pool = readable(core, group, request.volume)
+    if not (await pool.ask(pool.provider.capabilities)).changed_extents:
+        raise Refused(
+            "CAPABILITY_MISSING",
+            f"pool {pool.name} cannot compare snapshots",
+            pool=pool.name,
+            capability="changed_extents",
+        )
+    extents = pool.provider.changed_extents(
+        group.id, request.volume.volume, request.base_id or None, coarse=request.coarse
+    )
+    try:
+        while batch := await pool.read.run(None, lambda: _batch(extents)):
+            yield rpc.ListChangedExtentsResponse(extents=batch)
+    finally:
+        if isinstance(extents, Generator):
+            await pool.read.run(core.limits.call_timeout_s, extents.close)
 
 
 def readable(core: Core, group: Group, volume: volume_pb2.VolumeRef) -> Pool:

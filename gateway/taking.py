@@ -342,3 +342,4 @@ def _fill_members(group: Group, results: dict[str, list[Member] | BaseException]
         shown.format = member.format
         shown.mode = member.mode
         shown.local_path = member.local_path
+        shown.atomic = member.atomic

@@ -92,6 +92,18 @@ class SnapshotExists(ProviderError):
     reason = "GROUP_SNAPSHOT_EXISTS"
 
 
+class SnapshotInUse(ProviderError):
+    """A snapshot cannot be deleted because something on the storage needs it. Name what in the message."""
+
+    reason = "SNAPSHOT_IN_USE"
+
+
+class VolumeExists(ProviderError):
+    """A volume to be made is there already, and is another."""
+
+    reason = "VOLUME_EXISTS"
+
+
 class InvalidName(ProviderError):
     """A name that this storage cannot have."""
 
@@ -172,6 +184,7 @@ class Member:
     """One volume's snapshot. `handle` is the storage's own name for it, empty before the cut.
 
     `mode` says in a word how it is cut ("clone", "copy"); `local_path` is its image file on this host, or "".
+    `atomic` members of a group are cut by one operation of the storage.
     """
 
     volume: str
@@ -180,6 +193,7 @@ class Member:
     mode: str
     handle: str = ""
     local_path: str = ""
+    atomic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +342,9 @@ class Provider(ABC):
         A group that is not known is fine. Raises PoolUnavailable.
         """
 
+    def check_deletable(self, group: str) -> None:
+        """Raise SnapshotInUse when a settled snapshot cannot be deleted now. Raises PoolUnavailable."""
+
     @abstractmethod
     def delete(self, group: str, progress: ReportProgress) -> None:
         """Remove a group's snapshots, or what is left of them; a group that is not known is fine.
@@ -335,10 +352,14 @@ class Provider(ABC):
         From its first step on the snapshot is not in snapshots() any more. Raises PoolUnavailable.
         """
 
-    def prepare_revert(self, group: str, volumes: Sequence[str], progress: ReportProgress) -> None:
+    def prepare_revert(
+        self, group: str, volumes: Sequence[str], progress: ReportProgress, *, instant: bool = False
+    ) -> None:
         """Check that the volumes can be set back, and do all slow work for it, changing none of them.
 
-        Repeatable. Raises VolumeInUse (naming who), SnapshotNotFound, PoolFull, PoolUnavailable, Cancelled.
+        `instant` asks for a way whose time does not depend on the size, of a pool that says instant_revert.
+        Repeatable. Raises VolumeInUse (naming who), SnapshotNotFound, PoolFull, CapabilityMissing, PoolUnavailable,
+        Cancelled.
         """
         raise CapabilityMissing("this storage cannot revert", group=group)
 
@@ -354,7 +375,11 @@ class Provider(ABC):
         """Undo prepare_revert(); fine when there is nothing to undo. Raises PoolUnavailable."""
 
     def clone(self, group: str, volume: str, target: str, progress: ReportProgress) -> Volume:
-        """Make a new volume from a member. Raises CapabilityMissing unless the storage can."""
+        """Make a new volume from a member, whole or not at all.
+
+        Repeatable: a volume that this clone has made is returned. Raises VolumeExists, InvalidName, SnapshotNotFound,
+        PoolFull, PoolUnavailable, Cancelled, CapabilityMissing unless the storage can.
+        """
         raise CapabilityMissing("this storage cannot clone a snapshot to a new volume", volume=volume)
 
     def open(self, group: str, volume: str) -> BlockReader:
@@ -364,8 +389,13 @@ class Provider(ABC):
         """
         raise CapabilityMissing("this storage cannot read snapshots", volume=volume)
 
-    def changed_extents(self, group: str, volume: str, base: str | None) -> Iterator[Extent]:
-        """Yield what differs between two snapshots of a volume, ascending. Raises CapabilityMissing unless it can."""
+    def changed_extents(self, group: str, volume: str, base: str | None, *, coarse: bool = False) -> Iterator[Extent]:
+        """Yield what differs between two snapshots of a volume (from nothing without a base), ascending.
+
+        Every byte that differs lies in an extent; extents may have bytes that do not differ, and more of them when
+        `coarse` allows the storage's own granularity. Raises SnapshotNotFound, PoolUnavailable, CapabilityMissing
+        unless it can.
+        """
         raise CapabilityMissing("this storage cannot compare snapshots", volume=volume)
 
     @abstractmethod
@@ -374,6 +404,13 @@ class Provider(ABC):
 
         Raises PoolUnavailable.
         """
+
+    def leftovers(self) -> Iterator[str]:
+        """Yield the ids of groups that were begun or half deleted: neither snapshots() nor nothing.
+
+        Those that the journal does not know either are abort()ed and delete()d by reconcile. Raises PoolUnavailable.
+        """
+        yield from ()
 
     def close(self) -> None:
         """Free connections and threads; no verb is called afterwards."""

@@ -230,7 +230,9 @@ class NfsProvider(Provider):
             progress(0, 0)
             layout.remove_group(root, group)
 
-    def prepare_revert(self, group: str, volumes: Sequence[str], progress: ReportProgress) -> None:
+    def prepare_revert(
+        self, group: str, volumes: Sequence[str], progress: ReportProgress, *, instant: bool = False
+    ) -> None:
         """See Provider. From here on until revert() nobody can open the volumes for writing."""
         self.abort_revert(group)
         with self._opened() as root:
