@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import rados
@@ -217,4 +217,5 @@ def remove_omap(context: Any, name: str, key: str) -> None:
     """Remove a key from an object's omap; fine when it is not there."""
     with rados.WriteOpCtx() as operation:
         context.remove_omap_keys(operation, (key,))
-        context.operate_write_op(operation, name)
+        with suppress(rados.ObjectNotFound):
+            context.operate_write_op(operation, name)

@@ -33,6 +33,7 @@ SNAPSHOT = "cut"
 """Name of the one snapshot of the RBD group."""
 
 _OURS_LEAVE_WITHIN_S = 1.0
+_BUSY_AT_MOST_S = 5.0
 _COMPLETE = 1
 _DIRECTORY = "rbd_group_directory"
 
@@ -94,7 +95,7 @@ def cut(context: Any, manifest: Manifest, executor: Executor) -> None:
     work: list[Callable[[], None]] = [partial(_check_same, context, member) for member in manifest.members]
     work += [partial(_snap, context, manifest, member) for member in manifest.alone()]
     if manifest.in_group():
-        work.insert(0, partial(_snap_group, context, manifest))
+        work.append(partial(_snap_group, context, manifest))
     _together(executor, work)
 
 
@@ -109,7 +110,7 @@ def _snap_group(context: Any, manifest: Manifest) -> None:
                 f"image {member.volume} has left the RBD group {manifest.rbd_name} or is gone since it was prepared",
                 volume=member.volume,
             )
-    group.create_snap(SNAPSHOT)
+    _when_free(partial(group.create_snap, SNAPSHOT))
 
 
 def _is_cut(group: Any) -> bool:
@@ -119,9 +120,26 @@ def _is_cut(group: Any) -> bool:
 def _snap(context: Any, manifest: Manifest, member: StoredMember) -> None:
     try:
         with opened_by_id(context, member.image_id, writing=True) as image, suppress(rbd.ImageExists):
-            image.create_snap(manifest.rbd_name)
+            _when_free(partial(image.create_snap, manifest.rbd_name))
     except rbd.ImageNotFound:
         raise VolumeNotFound(f"image {member.volume} is gone since it was prepared", volume=member.volume) from None
+
+
+def _when_free(snap: Callable[[], None]) -> None:
+    """Take a snapshot, again while another group snapshot of the image is being taken.
+
+    That one keeps the image's lock to itself (EBUSY), or gives it up while it is asked (EINVAL).
+    """
+    deadline = time.monotonic() + _BUSY_AT_MOST_S
+    while True:
+        try:
+            snap()
+        except (rbd.ImageBusy, rbd.InvalidArgument):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _check_same(context: Any, member: StoredMember) -> None:

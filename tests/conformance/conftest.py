@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,21 @@ import pytest
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
-from tests.conformance.storages import MIB, STORAGES, Storage
+from tests.conformance.ceph import Ceph
+from tests.conformance.storages import MIB, Directory, Storage
 from tests.gateway_process import GatewayProcess, reason_of
 from tests.lab import state
 
 _numbers = itertools.count(1)
+
+STORAGES: dict[str, Callable[[], Storage]] = {
+    "ceph-group": lambda: Ceph("group"),
+    "ceph-parallel": lambda: Ceph("parallel"),
+    "nfs-ext4": lambda: Directory("ext4"),
+    "nfs-xfs": lambda: Directory("xfs"),
+}
+FILES = pytest.mark.parametrize("storage", ["nfs-ext4", "nfs-xfs"], indirect=True)
+"""For tests of what only files can be or do."""
 
 
 class Bench:

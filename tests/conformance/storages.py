@@ -1,6 +1,7 @@
 """What the suite needs of a storage beside the gateway: to make volumes, and to look at them by nothing of ours.
 
-A new provider adds one class here and its name to STORAGES; it adds no test.
+A new provider adds one such class and its name to STORAGES (conftest.py); it adds no test here. What only files can
+be or do is tested of the file storages alone (FILES).
 """
 
 import errno
@@ -27,6 +28,12 @@ class Storage(ABC):
     name: str
     clones: bool
     """A cut is instant, also of volumes in use; otherwise such a volume is refused."""
+
+    clones_volumes = False
+    """CloneGroupSnapshot works."""
+
+    compares = False
+    """ListChangedExtents works."""
 
     @abstractmethod
     def start(self, directory: Path) -> None: ...
@@ -86,7 +93,7 @@ class Storage(ABC):
 
     @abstractmethod
     def in_use(self, volume: str, pool: str = "main") -> Any:
-        """Context in which QEMU has the volume open for writing."""
+        """Context in which QEMU has the volume open for writing; yields a word by which it has to be named."""
 
     @abstractmethod
     def full(self, pool: str = "small") -> Any:
@@ -181,7 +188,7 @@ class Directory(Storage):
         subprocess.run(["rm", "-r", self.root(pool) / ".frostgate" / group], check=True)
 
     @contextmanager
-    def in_use(self, volume: str, pool: str = "main") -> Iterator[int]:
+    def in_use(self, volume: str, pool: str = "main") -> Iterator[str]:
         """qemu-storage-daemon, which locks images as a VM does."""
         blockdev = f"driver=file,node-name=disk,filename={self.root(pool) / volume}"
         socket = self._directory / "qsd.sock"
@@ -200,7 +207,7 @@ class Directory(Storage):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             time.sleep(0.2)  # the export, and its locks, come after the socket
-            yield process.pid
+            yield str(process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -243,6 +250,3 @@ def guest_view(image: Path, image_format: str, scratch: Path) -> str:
         return sha256(image)
     convert(image, "qcow2", scratch, "raw")
     return hashlib.sha256(scratch.read_bytes()).hexdigest()
-
-
-STORAGES: dict[str, Any] = {"nfs-xfs": lambda: Directory("xfs"), "nfs-ext4": lambda: Directory("ext4")}

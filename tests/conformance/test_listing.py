@@ -9,7 +9,7 @@ import pytest
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import pool_pb2, volume_pb2
 from frostgate.v1 import snapshot_provider_pb2 as rpc
-from tests.conformance.conftest import Bench, refused
+from tests.conformance.conftest import FILES, Bench, refused
 from tests.conformance.storages import MIB
 from tests.gateway_process import error_info
 
@@ -49,14 +49,14 @@ def test_none_when_one_pool_is_away(bench: Bench) -> None:
 
 
 def test_a_volume_tells_its_size_and_who_uses_it(bench: Bench) -> None:
-    volume = bench.volume()
+    volume = bench.volume(64 * MIB)
     found = bench.stub.GetVolume(rpc.GetVolumeRequest(ref=bench.ref(volume))).volume
-    assert (found.size_bytes, found.format, found.in_use) == (4 * MIB, "raw", False)
-    assert 0 < found.allocated_bytes < MIB
-    with bench.storage.in_use(volume) as pid:
+    assert (found.size_bytes, found.format, found.in_use) == (64 * MIB, "raw", False)
+    assert 0 < found.allocated_bytes <= 4 * MIB
+    with bench.storage.in_use(volume) as user:
         found = bench.stub.GetVolume(rpc.GetVolumeRequest(ref=bench.ref(volume))).volume
     assert found.in_use
-    assert str(pid) in found.users[0]
+    assert user in found.users[0]
 
 
 def test_volumes_are_paged_by_name_while_they_come_and_go(bench: Bench) -> None:
@@ -75,6 +75,7 @@ def test_volumes_are_paged_by_name_while_they_come_and_go(bench: Bench) -> None:
     assert seen == [name for name in names if name != names[5]]
 
 
+@FILES
 def test_only_volumes_are_listed(bench: Bench) -> None:
     volume, group = bench.volume(pool="other"), bench.id()
     bench.take(group, ("other", volume))
@@ -96,6 +97,7 @@ def test_only_volumes_are_listed(bench: Bench) -> None:
             (root / name).unlink()
 
 
+@FILES
 def test_disks_are_resolved_to_volumes_and_never_guessed(bench: Bench) -> None:
     volume = bench.volume()
     path = bench.storage.source(volume)["file"]

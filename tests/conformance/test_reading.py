@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from frostgate.v1 import snapshot_provider_pb2 as rpc
-from tests.conformance.conftest import Bench, refused
+from tests.conformance.conftest import FILES, Bench, refused
 from tests.conformance.storages import MIB
 from tests.gateway_process import violations_of
 from tests.lab.disk import convert
@@ -62,6 +62,7 @@ def test_extents_are_what_is_not_a_hole(bench: Bench) -> None:
     assert extents == bench.storage.member_ranges(group, volume)
 
 
+@FILES
 def test_a_qcow2_member_reads_as_the_guest_saw_it(bench: Bench, tmp_path: Path) -> None:
     volume, group = bench.volume(64 * MIB, image_format="qcow2"), bench.id()
     path = bench.storage.source(volume)["file"]
@@ -76,6 +77,7 @@ def test_a_qcow2_member_reads_as_the_guest_saw_it(bench: Bench, tmp_path: Path) 
     assert extents == [(3 * MIB, 2 * MIB), (40 * MIB, 65536)]
 
 
+@FILES
 def test_a_qcow2_image_with_a_backing_file_is_not_followed(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"s" * MIB)
     volume, group = bench.volume(image_format="qcow2"), bench.id()
@@ -116,6 +118,7 @@ def test_only_members_of_ready_snapshots_are_read(bench: Bench) -> None:
         bench.read(group, other)
 
 
+@FILES
 def test_a_reader_that_goes_away_leaves_nothing_behind(bench: Bench) -> None:
     volume, group = bench.volume(64 * MIB, image_format="qcow2"), bench.id()
     bench.take(group, volume)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from frostgate.v1 import group_snapshot_pb2 as pb
-from tests.conformance.conftest import Bench, refused
+from tests.conformance.conftest import FILES, Bench, refused
 from tests.conformance.storages import MIB
 from tests.gateway_process import error_info
 
@@ -84,10 +84,10 @@ def test_a_volume_in_use_is_not_reverted_and_its_user_is_named(bench: Bench) -> 
     bench.take(group, idle, volume)
     bench.storage.write(idle, 0, b"changed")
     before = bench.storage.digest(idle)
-    with bench.storage.in_use(volume) as pid:
+    with bench.storage.in_use(volume) as user:
         with refused("VOLUME_IN_USE") as caught:
             bench.revert(group)
-        assert str(pid) in error_info(caught.value).metadata["users"]
+        assert user in error_info(caught.value).metadata["users"]
     assert bench.storage.digest(idle) == before
     assert bench.get(group).state == pb.GROUP_SNAPSHOT_STATE_READY
 
@@ -111,6 +111,7 @@ def test_the_safety_may_not_be_another_snapshot(bench: Bench) -> None:
         bench.revert(group, safety_id=other)
 
 
+@FILES
 def test_owner_and_mode_of_the_volume_are_kept(bench: Bench) -> None:
     volume, group = bench.volume(), bench.id()
     path = Path(bench.storage.source(volume)["file"])

@@ -9,7 +9,9 @@ packages=(
   # the project's interpreter and its system bindings (rados, rbd, libvirt are not on PyPI or need a compiler)
   python3 python3-venv python3-libvirt python3-libnbd ca-certificates git
   # the hypervisor: libvirtd and virsh, QEMU (TCG: KVM is not needed), qemu-img, qemu-nbd, qemu-io
-  libvirt-daemon libvirt-clients qemu-system-x86 qemu-utils
+  libvirt-daemon libvirt-clients qemu-system-x86 qemu-utils qemu-block-extra
+  # a one-node Ceph, and the bindings that are not on PyPI
+  ceph-mon ceph-osd ceph-mgr ceph-common python3-rados python3-rbd
   # file systems under and inside guests
   xfsprogs e2fsprogs mount util-linux
   # building the guest's kernel and initramfs out of downloaded packages
