@@ -219,7 +219,12 @@ def check_removable(context: Any, manifest: Manifest) -> None:
             if children:
                 raise SnapshotInUse(
                     f"the snapshot of {member.volume} has clones that need it: {', '.join(children)}; "
-                    "flatten (`rbd flatten`) or remove them first",
+                    "flatten (`rbd flatten`) or remove them first"
+                    + (
+                        f" ({RETIRED}* is what an instant revert replaced: it goes with the snapshots taken of it)"
+                        if any(f"/{RETIRED}" in child for child in children)
+                        else ""
+                    ),
                     group=manifest.group,
                     volume=member.volume,
                     clones=",".join(children),

@@ -150,6 +150,13 @@ class Ceph(Storage):
                     with rbd.Image(context, image_id=image.id()) as writable:
                         writable.remove_snap_by_id(snapshot)
 
+    def make_independent(self, volume: str, pool: str = "main") -> None:
+        if self.is_dependent(volume, pool):
+            self.cluster(pool).rbd("flatten", "--no-progress", f"{self.place(pool)}/{volume}")
+
+    def is_dependent(self, volume: str, pool: str = "main") -> bool:
+        return "parent" in self.cluster(pool).rbd_json("info", f"{self.place(pool)}/{volume}")
+
     @contextmanager
     def in_use(self, volume: str, pool: str = "main") -> Iterator[str]:
         """qemu-storage-daemon, which has the image's exclusive lock as a VM does."""

@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from frostgate.v1 import group_snapshot_pb2 as pb
+from frostgate.v1 import pool_pb2, volume_pb2
 from frostgate.v1 import snapshot_provider_pb2 as rpc
-from frostgate.v1 import volume_pb2
 from tests.conformance.ceph import Ceph
 from tests.conformance.storages import MIB, Directory, Storage
 from tests.gateway_process import GatewayProcess, reason_of
@@ -25,6 +25,12 @@ STORAGES: dict[str, Callable[[], Storage]] = {
     "nfs-ext4": lambda: Directory("ext4"),
     "nfs-xfs": lambda: Directory("xfs"),
 }
+CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel"], indirect=True)
+"""For storages that clone volumes; the others refuse (test_cloning.py)."""
+
+COMPARING = CLONING
+"""For storages that compare snapshots; the others refuse (test_changes.py)."""
+
 FILES = pytest.mark.parametrize("storage", ["nfs-ext4", "nfs-xfs"], indirect=True)
 """For tests of what only files can be or do."""
 
@@ -131,12 +137,15 @@ class Bench:
             content += part.data or bytes(part.zero_bytes)
         return content
 
+    def capabilities(self, pool: str = "main") -> pool_pb2.PoolCapabilities:
+        pools = self.stub.ListPools(rpc.ListPoolsRequest()).pools
+        return next(found.capabilities for found in pools if found.name == pool)
+
     def clean(self) -> None:
         """Remove all that the test made, and see that nothing is left."""
         for group in reversed(self.groups):
-            self.stub.DeleteGroupSnapshot(rpc.DeleteGroupSnapshotRequest(id=group))
+            self.delete(group)
         for group in self.groups:
-            self.wait_gone(group)
             assert not any(self.storage.exists(group, pool) for pool in self.storage.pools())
         for pool, volume in self.volumes:
             try:

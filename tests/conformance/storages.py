@@ -91,6 +91,13 @@ class Storage(ABC):
     def damage(self, group: str, pool: str = "main") -> None:
         """Lose a group's members behind the gateway's back."""
 
+    def is_dependent(self, volume: str, pool: str = "main") -> bool:
+        """Whether a clone needs the snapshot it was made from."""
+        return False
+
+    def make_independent(self, volume: str, pool: str = "main") -> None:
+        """What an operator does so that a volume needs no snapshot any more."""
+
     @abstractmethod
     def in_use(self, volume: str, pool: str = "main") -> Any:
         """Context in which QEMU has the volume open for writing; yields a word by which it has to be named."""

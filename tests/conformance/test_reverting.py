@@ -181,3 +181,48 @@ def test_the_tree_of_a_vm_follows_takes_reverts_and_deletions(bench: Bench) -> N
 
 def _tree(bench: Bench, uuid: str) -> dict[str, tuple[str, bool]]:
     return {found.id: (found.vm.parent_id, found.vm.current) for found in bench.list(vm_uuid=uuid)}
+
+
+def test_an_instant_revert_where_the_pool_can(bench: Bench) -> None:
+    volume, group, older = bench.volume(16 * MIB), bench.id(), bench.id()
+    bench.take(older, volume)
+    bench.storage.write(volume, 0, b"between")
+    bench.take(group, volume)
+    then, first = bench.storage.digest(volume), bench.storage.member_digest(older, volume)
+    bench.storage.write(volume, 5 * MIB, b"damage")
+    damaged = bench.storage.digest(volume)
+    if not bench.capabilities().instant_revert:
+        with refused("CAPABILITY_MISSING"):
+            bench.revert(group, instant=True)
+        assert bench.storage.digest(volume) == damaged
+        return
+    outcome = bench.revert(group, instant=True)
+    assert outcome.revert.state == DONE, outcome.revert
+    assert outcome.revert.instant
+    assert bench.storage.digest(volume) == then
+    assert bench.storage.member_digest(outcome.revert.safety_id, volume) == damaged
+    assert bench.storage.member_digest(older, volume) == first
+    bench.storage.write(volume, 0, b"after")
+    assert bench.storage.member_digest(group, volume) == then
+    again = bench.revert(older, no_safety=True)
+    assert again.revert.state == DONE
+    assert bench.storage.digest(volume) == first
+    bench.take(bench.id(), volume)
+    bench.storage.make_independent(volume)
+
+
+def test_an_instant_revert_can_be_undone_by_another(bench: Bench) -> None:
+    volume, group = bench.volume(16 * MIB), bench.id()
+    bench.take(group, volume)
+    then = bench.storage.digest(volume)
+    bench.storage.write(volume, 5 * MIB, b"the work of a day")
+    worked = bench.storage.digest(volume)
+    if not bench.capabilities().instant_revert:
+        with refused("CAPABILITY_MISSING"):
+            bench.revert(group, instant=True)
+        return
+    safety = bench.revert(group, instant=True).revert.safety_id
+    assert bench.storage.digest(volume) == then
+    bench.revert(safety, instant=True)
+    assert bench.storage.digest(volume) == worked
+    bench.storage.make_independent(volume)

@@ -58,6 +58,8 @@ osd class default list = *
 [mgr]
 mgr data = {directory}/mgr
 mgr stats period = 1
+[client]
+admin socket =
 """
 
 
