@@ -36,6 +36,13 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="The group snapshot; the i
 Volumes = Annotated[list[str], typer.Argument(metavar="POOL/VOLUME...", help="The volumes, all cut at one instant.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="May be repeated.")]
 Wait = Annotated[bool, typer.Option(help="Wait until it is done.")]
+Instant = Annotated[
+    bool,
+    typer.Option(
+        "--instant",
+        help="In a time that does not depend on the size, where the pool can; see its limits in the README.",
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 AllowCopy = Annotated[
     bool, typer.Option("--allow-copy", help="Volumes in use that cannot be cloned may be copied inside the cut.")
@@ -180,6 +187,7 @@ def revert(
         str, typer.Option(help="Id under which the present state is kept; a repeat with it is the same revert.")
     ] = "",
     no_safety: Annotated[bool, typer.Option("--no-safety", help="Do not keep the present state.")] = False,
+    instant: Instant = False,
     yes: Yes = False,
     wait: Wait = True,
     output: OutputOption = None,
@@ -191,7 +199,11 @@ def revert(
     confirm(f"Set {what} of {group_id} back? {kept}", yes=yes)
     with session.gateway() as gateway:
         snapshot = begin_revert(
-            gateway, group_id, volumes or [], "" if no_safety else safety_id or new_safety_id(group_id)
+            gateway,
+            group_id,
+            volumes or [],
+            "" if no_safety else safety_id or new_safety_id(group_id),
+            instant=instant,
         )
         if wait:
             snapshot = settled(gateway, group_id, "reverting")
@@ -217,6 +229,32 @@ def delete(
         return
     for group_id, existed in outcomes.items():
         print(f"{group_id}: {'deleted' if existed else 'there was none'}")
+
+
+@app.command()
+@command
+def clone(
+    group_id: Id,
+    clones: Annotated[
+        list[str], typer.Argument(metavar="POOL/VOLUME=NEW...", help="Members, and the new volumes' names.")
+    ],
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait; the work goes on in the gateway.")] = 3600.0,
+    output: OutputOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Make new volumes from members, in the members' pools. Repeating it is harmless."""
+    request = rpc.CloneGroupSnapshotRequest(id=group_id)
+    for word in clones:
+        source, separator, target = word.rpartition("=")
+        if not separator:
+            raise Refusal(f"{word!r} is not POOL/VOLUME=NEW", USAGE)
+        request.clones.add(source=parse_ref(source), target_volume=target)
+    with session.gateway() as gateway:
+        made = gateway.call("CloneGroupSnapshot", request, timeout_s=timeout).volumes
+    if session.json:
+        print_json(list(made))
+    else:
+        tables.show(("VOLUME", "SIZE"), ((tables.ref(volume.ref), tables.size(volume.size_bytes)) for volume in made))
 
 
 @app.command()
@@ -249,13 +287,26 @@ def read(
 def extents(
     group_id: Id,
     volume: Annotated[str, typer.Argument(metavar="POOL/VOLUME", help="The member.")],
+    since: Annotated[
+        str, typer.Option(metavar="ID", help="Only what changed since this older snapshot of the volume.")
+    ] = "",
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="With --since: by the storage's own granularity, faster.")
+    ] = False,
     output: OutputOption = None,
     address: AddressOption = None,
 ) -> None:
-    """List the ranges of a member that are not holes."""
+    """List the ranges of a member that are not holes, or that changed since an older snapshot."""
+    ref = parse_ref(volume)
+    if coarse and not since:
+        raise Refusal("--coarse needs --since", USAGE)
     with session.gateway() as gateway:
-        request = rpc.ListAllocatedExtentsRequest(id=group_id, volume=parse_ref(volume))
-        found = [extent for response in gateway.stream("ListAllocatedExtents", request) for extent in response.extents]
+        if since:
+            changes = rpc.ListChangedExtentsRequest(id=group_id, volume=ref, base_id=since, coarse=coarse)
+            responses = gateway.stream("ListChangedExtents", changes)
+        else:
+            responses = gateway.stream("ListAllocatedExtents", rpc.ListAllocatedExtentsRequest(id=group_id, volume=ref))
+        found = [extent for response in responses for extent in response.extents]
     if session.json:
         print_json(list(found))
     else:
@@ -285,10 +336,16 @@ def settled(gateway: Gateway, group_id: str, doing: str) -> pb.GroupSnapshot:
     return snapshot
 
 
-def begin_revert(gateway: Gateway, group_id: str, volumes: list[str], safety_id: str) -> pb.GroupSnapshot:
+def begin_revert(
+    gateway: Gateway, group_id: str, volumes: list[str], safety_id: str, *, instant: bool = False
+) -> pb.GroupSnapshot:
     """Begin a revert; without a safety id the present state is not kept. Raises GatewayError, Refusal."""
     request = rpc.RevertGroupSnapshotRequest(
-        id=group_id, volumes=[parse_ref(volume) for volume in volumes], safety_id=safety_id, no_safety=not safety_id
+        id=group_id,
+        volumes=[parse_ref(volume) for volume in volumes],
+        safety_id=safety_id,
+        no_safety=not safety_id,
+        instant=instant,
     )
     started: pb.GroupSnapshot = gateway.call("RevertGroupSnapshot", request).group_snapshot
     return started

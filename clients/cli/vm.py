@@ -27,7 +27,17 @@ from clients.cli.session import (
     printable,
     session,
 )
-from clients.cli.snapshot import Labels, Wait, Yes, begin_revert, check_reverted, labels_of, new_safety_id, settled
+from clients.cli.snapshot import (
+    Instant,
+    Labels,
+    Wait,
+    Yes,
+    begin_revert,
+    check_reverted,
+    labels_of,
+    new_safety_id,
+    settled,
+)
 from clients.gateway import Gateway
 from frostgate.v1 import group_snapshot_pb2 as pb
 
@@ -138,6 +148,7 @@ def revert(
     ] = 30.0,
     safety_id: Annotated[str, typer.Option(help="Id under which the present state is kept.")] = "",
     no_safety: Annotated[bool, typer.Option("--no-safety", help="Do not keep the present state.")] = False,
+    instant: Instant = False,
     yes: Yes = False,
     connect: Connect = DEFAULT_CONNECT,
     output: OutputOption = None,
@@ -153,7 +164,7 @@ def revert(
             raise Refusal(f"{group_id} is no snapshot of {vm} but of {found.vm.name or 'no VM'}", USAGE)
         chosen = "" if no_safety else safety_id or new_safety_id(group_id)
         with reverting.stopped(connect, uuid, stop=stop, shutdown_s=shutdown_timeout, say=_say):
-            begin_revert(gateway, group_id, [], chosen)
+            begin_revert(gateway, group_id, [], chosen, instant=instant)
             done = settled(gateway, group_id, "reverting")
             check_reverted(done)
     if session.json:

@@ -63,8 +63,6 @@ def take(gateway: Gateway, uri: str, name: str, wish: Wish, say: Callable[[str],
     if not specs:
         raise StateRefused(f"VM {domain.name()} has no disk to snapshot")
     way = quiet.choose(domain, wish.quiesce)
-    if way is Way.NOTHING:
-        _check_atomic(gateway, specs)
     group_id = wish.group_id or new_id(domain.name())
     spec = pb.GroupSnapshotSpec(
         volumes=specs,
@@ -79,8 +77,10 @@ def take(gateway: Gateway, uri: str, name: str, wish: Wish, say: Callable[[str],
     try:
         with _termination():
             say("preparing")
-            _prepare(gateway, group_id, spec)
+            prepared = _prepare(gateway, group_id, spec)
             try:
+                if way is Way.NOTHING:
+                    _check_atomic(prepared)
                 opened = _cut(gateway, group_id, domain, way, guard, wish.max_freeze_s, say)
                 confirmed = _confirm(gateway, group_id, quiet.worth(way, reason, windows=windows))
             except BaseException:
@@ -132,13 +132,10 @@ def _excluded(disk: domains.Disk) -> domains.Disk:
     return domains.Disk(disk.target, disk.source, disk.location, disk.format, "is excluded")
 
 
-def _check_atomic(gateway: Gateway, specs: Sequence[pb.VolumeSpec]) -> None:
+def _check_atomic(prepared: pb.GroupSnapshot) -> None:
     """Raise NotQuiet when several disks of a running VM would not share an instant."""
-    used = {spec.ref.pool for spec in specs}
-    atomic = {
-        pool.name for pool in gateway.call("ListPools", rpc.ListPoolsRequest()).pools if pool.capabilities.atomic_group
-    }
-    if len(specs) > 1 and (len(used) > 1 or not used <= atomic):
+    members = prepared.members
+    if len(members) > 1 and (len({m.volume.pool for m in members}) > 1 or not all(m.atomic for m in members)):
         raise NotQuiet(
             "with --quiesce none the disks of a running VM would not share an instant: their storage cannot cut "
             "them at once. Say --quiesce preferred, or snapshot one disk with --exclude for the others"
@@ -156,14 +153,15 @@ def _refuse_existing(gateway: Gateway, group_id: str) -> None:
     raise StateRefused(f"group snapshot {group_id} exists; choose another --id")
 
 
-def _prepare(gateway: Gateway, group_id: str, spec: pb.GroupSnapshotSpec) -> None:
+def _prepare(gateway: Gateway, group_id: str, spec: pb.GroupSnapshotSpec) -> pb.GroupSnapshot:
     request = rpc.PrepareGroupSnapshotRequest(id=group_id, spec=spec)
     request.expire_after.FromTimedelta(timedelta(seconds=_EXPIRE_S))
     try:
-        gateway.call("PrepareGroupSnapshot", request)
+        prepared: pb.GroupSnapshot = gateway.call("PrepareGroupSnapshot", request).group_snapshot
     except KeyboardInterrupt:
         _undo(gateway, group_id, lambda _text: None)
         raise
+    return prepared
 
 
 def _cut(
