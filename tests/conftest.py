@@ -12,6 +12,7 @@ from tests.lab.disk import create_disk
 from tests.lab.filesystems import mount_filesystem
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.machine import Disk, Machine
+from tests.rbd_cloud import RbdCloud, rbd_cloud
 
 MIB = 1 << 20
 
@@ -49,3 +50,9 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         finally:
             machine.undefine()
     state.release()
+
+
+@pytest.fixture(scope="module")
+def rbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RbdCloud]:
+    with rbd_cloud(tmp_path_factory.mktemp("rbd")) as made:
+        yield made

@@ -178,6 +178,10 @@ class CephCluster:
         """Run `rbd ...` as admin; returns what it prints. Raises CommandFailed."""
         return self._run("rbd", "-c", self.conf, *map(str, words))
 
+    def rados(self, pool: str, *words: str) -> str:
+        """Run `rados -p POOL ...` as admin; returns what it prints. Raises CommandFailed."""
+        return self._run("rados", "-c", self.conf, "-p", pool, *words)
+
     def rbd_json(self, *words: str) -> Any:
         """Run `rbd ... --format json`; returns what it answers."""
         return json.loads(self.rbd(*words, "--format", "json"))

@@ -1,0 +1,74 @@
+"""Parts of a real cluster that hang while a guest runs on it: it is never left frozen, and nothing is left."""
+
+import subprocess
+import time
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from tests.gateway_process import FROSTGATE
+from tests.holding_proxy import HoldingProxy
+from tests.lab.ceph import Daemon
+from tests.rbd_cloud import RbdCloud
+
+
+def wait_clean(rbd: RbdCloud, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not rbd.is_clean():
+        assert time.monotonic() < deadline, (rbd.groups(), rbd.groups("more"))
+        time.sleep(0.5)
+
+
+def freezes(rbd: RbdCloud) -> int:
+    """How often the guest was frozen: the agent's hook leaves a mark each time."""
+    return int(rbd.machine.exec(["/bin/sh", "-c", "cat /run/freezes 2>/dev/null | wc -l"])[1])
+
+
+def test_a_monitor_that_hangs_during_prepare_freezes_nobody(rbd: RbdCloud) -> None:
+    before = freezes(rbd)
+    rbd.cluster.pause("mon")
+    try:
+        refused = rbd.vm("snapshot", "web1", "--id", "no-monitor")
+        assert refused.returncode != 0
+        assert freezes(rbd) == before
+    finally:
+        rbd.cluster.resume("mon")
+    wait_clean(rbd)
+    assert rbd.vm("snapshot", "web1", "--id", "monitor").returncode == 0
+    assert freezes(rbd) == before + 1
+    assert rbd.vm("delete", "monitor", "--yes").returncode == 0
+
+
+@pytest.mark.parametrize("daemon", ["mon", "osd"])
+def test_a_cluster_that_hangs_during_the_cut(rbd: RbdCloud, tmp_path: Path, daemon: Daemon) -> None:
+    group = f"hung-{daemon}"
+    excluded = ["--exclude", "vdd"]
+    with HoldingProxy(rbd.gateway.address, tmp_path / "proxy.sock", "CreateGroupSnapshot") as proxy:
+        environment = {
+            **rbd.gateway.environment,
+            "LIBVIRT_DEFAULT_URI": rbd.hypervisor.uri,
+            "FROSTGATE_ADDRESS": proxy.address,
+        }
+        command = [FROSTGATE, "vm", "snapshot", "web1", "--id", group, "--max-freeze", "3", *excluded]
+        with Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as coordinator:
+            assert proxy.held.wait(30)
+            rbd.cluster.pause(daemon)
+            try:
+                proxy.release.set()
+                deadline = time.monotonic() + 6
+                while rbd.machine.fsfreeze_status() != "thawed":
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            finally:
+                time.sleep(2)
+                rbd.cluster.resume(daemon)
+            _, said = coordinator.communicate(timeout=90)
+    assert coordinator.returncode != 0, said
+    wait_clean(rbd)
+    assert rbd.gateway.cli("snapshot", "show", group).returncode == 3
+    tick = rbd.machine.last_tick()
+    assert tick
+    rbd.machine.wait_tick(beyond=tick.number)
+    assert rbd.vm("snapshot", "web1", "--id", group, *excluded).returncode == 0
+    assert rbd.vm("delete", group, "--yes").returncode == 0
