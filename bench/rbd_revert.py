@@ -1,4 +1,4 @@
-"""How long does a revert on Ceph take? Ours in place and by swap, and `rbd snap rollback`, of a 4 GiB image, 1 % changed.
+"""How long does a revert on Ceph take? Ours in place and by swap, and `rbd snap rollback`; 4 GiB, 1 % changed.
 
 One image, full of data, with a snapshot of each kind of the same instant; before every revert the same 1 % is written
 again (64 KiB at places drawn once). One node in memory, so that the network and disks cost nothing.
@@ -9,8 +9,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import rados
 import rbd
@@ -79,21 +81,29 @@ def main() -> int:
 
 def fill(cluster: CephCluster) -> None:
     """Make the image, every object of it written."""
-    with rados.Rados(conffile=str(cluster.conf), name="client.admin") as connection:
-        with connection.open_ioctx("vms") as context:
-            rbd.RBD().create(context, "disk", SIZE)
-            with rbd.Image(context, "disk") as image:
-                block = random.Random(2).randbytes(4 * MIB)
-                for offset in range(0, SIZE, 4 * MIB):
-                    image.write(block, offset)
+    block = random.Random(2).randbytes(4 * MIB)
+    with opened(cluster) as context:
+        rbd.RBD().create(context, "disk", SIZE)
+        with rbd.Image(context, "disk") as image:
+            for offset in range(0, SIZE, 4 * MIB):
+                image.write(block, offset)
 
 
 def damage(cluster: CephCluster, places: list[int]) -> None:
     """Write the 1 %."""
-    with rados.Rados(conffile=str(cluster.conf), name="client.admin") as connection:
-        with connection.open_ioctx("vms") as context, rbd.Image(context, "disk") as image:
-            for place in places:
-                image.write(b"d" * WRITE, place * WRITE)
+    with opened(cluster) as context, rbd.Image(context, "disk") as image:
+        for place in places:
+            image.write(b"d" * WRITE, place * WRITE)
+
+
+@contextmanager
+def opened(cluster: CephCluster) -> Iterator[Any]:
+    """Yield the pool, as the admin."""
+    with (
+        rados.Rados(conffile=str(cluster.conf), name="client.admin") as connection,
+        connection.open_ioctx("vms") as context,
+    ):
+        yield context
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def frozen(domain: libvirt.virDomain, work: Callable[[], object]) -> float:
 
 @contextmanager
 def images(cluster: CephCluster, names: list[str]) -> Iterator[list[Any]]:
-    """The peers' images, open."""
+    """Yield the peers' images, open."""
     with rados.Rados(conffile=str(cluster.conf), name="client.admin") as connection:
         context = connection.open_ioctx("vms")
         opened = [rbd.Image(context, name) for name in names]

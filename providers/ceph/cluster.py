@@ -23,6 +23,7 @@ from providers.ceph.options import CephOptions
 
 _CONNECT_TIMEOUT_S = 5
 _FAILED_FOR_S = 1.0
+_MONITORS_FOR_S = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EPERM, errno.EACCES)
 
@@ -37,6 +38,8 @@ class Cluster:
         self._lock = threading.Lock()
         self._connection: Any = None
         self._dead: list[Any] = []
+        self._monitors: frozenset[str] = frozenset()
+        self._monitors_asked = -_MONITORS_FOR_S
         self._failed: tuple[float, str] = (-_FAILED_FOR_S, "")
 
     @property
@@ -116,8 +119,20 @@ class Cluster:
         if needed_bytes > free:
             raise PoolFull(f"{self._where()}: {needed_bytes} bytes are needed and {free} are free; make room")
 
-    def monitors(self) -> frozenset[str]:
-        """Return the monitors' addresses, as "host:port" and as bare hosts."""
+    def has_monitor(self, named: Sequence[str]) -> bool:
+        """Tell whether one of these "host:port" or hosts is a monitor of the cluster.
+
+        Asked once: a monitor writes every command into its log, by a commit that would delay a cut soon after.
+        """
+        wanted = {name.lower() for name in named}
+        if self._monitors & wanted:
+            return True
+        if time.monotonic() - self._monitors_asked > _MONITORS_FOR_S:
+            self._monitors = self._listed_monitors() | {word.lower() for word in self._options.monitors}
+            self._monitors_asked = time.monotonic()
+        return bool(self._monitors & wanted)
+
+    def _listed_monitors(self) -> frozenset[str]:
         found = set()
         for monitor in self.command("mon dump")["mons"]:
             for address in monitor["public_addrs"]["addrvec"]:

@@ -120,7 +120,7 @@ class CephProvider(Provider):
         ours = [self._options.rbd_pool, *([self._options.namespace] if self._options.namespace else [])]
         if place != ours or name.startswith("."):
             return None
-        if source.monitors and not self._has_monitor(source.monitors):
+        if source.monitors and not self._cluster.has_monitor(source.monitors):
             return None
         with self._cluster.opened() as context:
             return name if images.current_id(context, name) else None
@@ -142,7 +142,6 @@ class CephProvider(Provider):
                 )
             if earlier:
                 cutting.remove(context, earlier, _silent)
-            self._cluster.check_room(0)
             try:
                 manifest = cutting.reserve(context, spec, self._options.cut, self._executor)
             except BaseException:
@@ -260,6 +259,7 @@ class CephProvider(Provider):
                 reverting.set_back(context, manifest, held, progress, self._executor)
             finally:
                 self._release(group)
+                self._map_changed = time.monotonic()
 
     def abort_revert(self, group: str) -> None:
         """See Provider."""
@@ -364,10 +364,6 @@ class CephProvider(Provider):
         name = f"{manifest.rbd_name}@{cutting.SNAPSHOT}" if in_group else f"{part.volume}@{manifest.rbd_name}"
         handle = f"{place}/{name}" if cut else ""
         return Member(part.volume, part.size_bytes, "raw", part.kind, handle, atomic=in_group)
-
-    def _has_monitor(self, named: Sequence[str]) -> bool:
-        ours = self._cluster.monitors() | {word.lower() for word in self._options.monitors}
-        return any(monitor.lower() in ours for monitor in named)
 
     def _abort(self, context: Any, group: str) -> None:
         manifest = store.read(context, group)

@@ -1,8 +1,8 @@
 """Setting images back to a snapshot, in one of two ways.
 
-in place  what differs is written back, object by object. The image, its id and its snapshots stay. Works for every
-          snapshot and for some members of a group, which librbd's own rollback of an RBD group snapshot does not;
-          writes less than `rbd snap rollback`, and a repeat after a crash goes on where it was.
+in place  librbd rolls back: the whole RBD group snapshot, which still works after the images have left the group, or
+          an image's own snapshot. Some members of a group, which librbd cannot, get back what differs, object by
+          object. The image, its id and its snapshots stay; a repeat after a crash starts over and changes nothing more.
 swap      a clone of the snapshot takes the image's name, in a time that does not depend on the size. The image that
           was there goes on under a hidden name, because its snapshots, the clone's parent among them, live in it; it
           is removed with the last of them. Needs snapshots that this Ceph can clone: those of cut = "parallel".
@@ -10,7 +10,7 @@ swap      a clone of the snapshot takes the image's name, in a time that does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from providers.base import CapabilityMissing, Extent, ReportProgress, SnapshotNo
 from providers.ceph import changes
 from providers.ceph.changes import OpenData, View
 from providers.ceph.cluster import Cluster
+from providers.ceph.cutting import SNAPSHOT
 from providers.ceph.images import (
     HIDDEN,
     RETIRED,
@@ -102,24 +103,54 @@ def find_windows(
 def set_back(
     context: Any, manifest: Manifest, held: Sequence[Held], progress: ReportProgress, executor: Executor
 ) -> None:
-    """Write back what differs. Repeatable after a crash, from find_windows() on."""
+    """Roll back. Repeatable after a crash, from find_windows() on.
+
+    By librbd where it can: snapshots of images on their own, and an RBD group's when all of its images are reverted
+    and are still those that were cut. Else what differs is written back.
+    """
     total = sum(window.length for one in held for window in one.windows)
-    done = 0
     progress(0, total)
+    own = [one for one in held if _is_same(manifest, one)]
+    grouped = [one for one in own if manifest.member(one.volume).kind == "group"]
+    if grouped and len(grouped) == len(manifest.in_group()):
+        for one in grouped:
+            unlock(one)  # librbd takes the locks itself, in handles of its own
+        rbd.Group(context, manifest.rbd_name).rollback_to_snap(SNAPSHOT)
+    else:
+        grouped = []
+    done = sum(window.length for one in grouped for window in one.windows)
+    progress(done, total)
     for one in held:
-        member = manifest.member(one.volume)
-        if one.image.size() != member.size_bytes:
-            one.image.resize(member.size_bytes)
-        windows = [
-            Extent(window.offset, min(window.length, member.size_bytes - window.offset))
-            for window in one.windows
-            if window.offset < member.size_bytes
-        ]
-        with opened_member(context, manifest, one.volume) as snapshot:
-            for length in changes.set_equal(View(snapshot, member.snap_id), one.image, windows, executor):
+        if one in grouped:
+            continue
+        if one in own and manifest.member(one.volume).kind == "snapshot":
+            one.image.rollback_to_snap(manifest.rbd_name)
+            done += sum(window.length for window in one.windows)
+            progress(done, total)
+        else:
+            for length in _written_back(context, manifest, one, executor):
                 done += length
                 progress(min(done, total), total)
     progress(total, total)
+
+
+def _is_same(manifest: Manifest, held: Held) -> bool:
+    """Tell whether the volume is still the image that was cut, not one that a swap or a copy has put there."""
+    return bool(held.image.id() == manifest.member(held.volume).image_id)
+
+
+def _written_back(context: Any, manifest: Manifest, held: Held, executor: Executor) -> Iterator[int]:
+    """Write back what differs; yield bytes done now and then."""
+    member = manifest.member(held.volume)
+    if held.image.size() != member.size_bytes:
+        held.image.resize(member.size_bytes)
+    windows = [
+        Extent(window.offset, min(window.length, member.size_bytes - window.offset))
+        for window in held.windows
+        if window.offset < member.size_bytes
+    ]
+    with opened_member(context, manifest, held.volume) as snapshot:
+        yield from changes.set_equal(View(snapshot, member.snap_id), held.image, windows, executor)
 
 
 def bring_back(cluster: Cluster, context: Any, manifest: Manifest, volume: str) -> None:
