@@ -71,9 +71,7 @@ def main() -> int:
                     took.append(time.monotonic() - began)
                 figure = statistics.median(took)
                 peer = peer or figure
-                print(
-                    f"{name:>20} {figure:>8.2f} {'peer/ours ' + format(peer / figure, '.1f') if took and peer != figure else ''}"
-                )
+                print(f"{name:>20} {figure:>8.2f}  peer/ours {peer / figure:.1f}", flush=True)
     finally:
         leftovers.remove(state.DEFAULT_STATE_DIR)
     return 0

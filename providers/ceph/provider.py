@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 _MAX_MEMBERS = 128
 _THREADS = 32
-_YIELD_TO_CUTS_S = 60.0
+_YIELD_TO_CUTS_S = 3.0
 _CLONE_OF = "frostgate.clone"
 
 
