@@ -28,10 +28,10 @@ $(STAMP): requirements.lock pyproject.toml hatch_build.py $(shell find protos -n
 demo: setup ## Snapshot a real running VM, let it damage a file, revert, and see the file whole.
 	@$(BIN)/python -m tests.lab.demo
 
-test: setup ## Run every test, with real libvirt, a real guest and real file systems.
+test: setup ## Run every test, with real libvirt, real guests, real file systems and a real one-node Ceph.
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: setup ## Measure: freeze windows, size independence, the gateway's own cost; each beside its peer.
+bench: setup ## Measure: freeze windows (files, Ceph), reverts, size independence, the gateway's own cost; each beside its peer.
 	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done
 
 lint: setup ## ruff, mypy --strict, buf lint, import-linter.
@@ -47,7 +47,7 @@ proto: setup ## Generate the gRPC stubs below build/stubs (installing does it as
 image: setup ## Build the container image with buildah, start it and ask for its health.
 	@packaging/image.sh
 
-lab-down: ## Remove whatever a killed test or demo left: VMs, mounts, loop devices.
+lab-down: ## Remove whatever a killed test or demo left: VMs, Ceph daemons, mounts, loop devices.
 	@[[ ! -x $(BIN)/python ]] || $(BIN)/python -m tests.lab down
 
 clean: lab-down ## lab-down, then remove .venv, build and the lab's cache.

@@ -41,7 +41,10 @@ def main() -> int:
         f"{'parallel/ours':>13} {'ours beside a manager':>21}"
     )
     try:
-        with CephCluster("ceph-bench", commit_interval_s=1.0) as cluster, Hypervisor(name="bench-rbd") as hypervisor:
+        with (
+            CephCluster("ceph-bench", commit_interval_s=1.0, stats_period_s=5) as cluster,
+            Hypervisor(name="bench-rbd") as hypervisor,
+        ):
             cluster.pool("vms")
             cluster.client("frostgate", "vms")
             pools = {"fast": {"kind": "ceph", "conf": str(cluster.conf), "rbd_pool": "vms"}}

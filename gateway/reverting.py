@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from tenacity import AsyncRetrying, retry_if_exception, wait_exponential
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+    wait_fixed,
+)
 
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import volume_pb2
@@ -23,6 +30,9 @@ from providers.base import Cancelled, Volume, VolumeInUse, VolumeNotFound
 
 STAGING = "staging"
 SWAPPING = "swapping"
+
+_FORGOTTEN_AFTER_S = 45.0
+"""How long a storage may count a process that died as a user of a volume: Ceph does for osd_client_watch_timeout, 30 s."""
 
 
 async def revert(
@@ -90,7 +100,7 @@ def revert_again(core: Core, group: Group) -> None:
     core.claims.take(group.id, [(ref.pool, ref.volume) for ref in group.snapshot.revert.volumes], exclusive=True)
     live = core.live(group.id)
     live.begin()
-    live.job = core.spawn(_run(core, live, group))
+    live.job = core.spawn(_run(core, live, group, users_end_within_s=_FORGOTTEN_AFTER_S))
 
 
 def _chosen(group: Group, volumes: Sequence[volume_pb2.VolumeRef]) -> list[volume_pb2.VolumeRef]:
@@ -165,11 +175,11 @@ def _volume_if_there(pool: Pool, name: str) -> Volume | None:
         return None  # a lost volume is what a revert brings back
 
 
-async def _run(core: Core, live: Live, group: Group) -> None:
+async def _run(core: Core, live: Live, group: Group, *, users_end_within_s: float = 0) -> None:
     """Do the revert, from the phase that the journal has."""
     try:
         if group.phase == STAGING:
-            await _stage(core, live, group)
+            await _stage(core, live, group, users_end_within_s)
             group.phase = SWAPPING
             await core.journal.save(group)
     except Exception as error:  # the job's edge: the outcome is written
@@ -190,14 +200,23 @@ async def _run(core: Core, live: Live, group: Group) -> None:
     await deleting.redescribe(core, relatives)
 
 
-async def _stage(core: Core, live: Live, group: Group) -> None:
+async def _stage(core: Core, live: Live, group: Group, users_end_within_s: float) -> None:
     """Stage first, which keeps the volumes from being written; the safety snapshot then is of what will be replaced."""
 
     async def verb(pool: Pool) -> None:
         names = _names(group, pool)
         if names:
             stage = partial(pool.provider.prepare_revert, instant=group.snapshot.revert.instant)
-            await pool.work.run(None, partial(stage, group.id, names, live.reporter(pool.name)))
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(VolumeInUse),
+                stop=stop_after_delay(users_end_within_s),
+                wait=wait_fixed(1),
+                reraise=True,
+            ):
+                with attempt:
+                    if core.stopping:
+                        raise Cancelled("the gateway stops")
+                    await pool.work.run(None, partial(stage, group.id, names, live.reporter(pool.name)))
 
     if error := first_error(await core.in_pools(group, verb)):
         raise error

@@ -97,6 +97,31 @@ def windows(older: View, newer: View, open_data: OpenData, executor: Executor) -
             yield from found
 
 
+class Probe:
+    """Some of the objects of an image's windows, by which one sees how far a rollback of it is."""
+
+    def __init__(self, image: Any, found: Sequence[Extent], at_most: int, open_data: OpenData) -> None:
+        """Note the objects' versions. Striped images, whose windows are not objects, have no probes."""
+        self.objects = 0
+        self._image, self._open_data = image, open_data
+        if not _is_plain(image):
+            return
+        object_size, prefix = 1 << image.stat()["order"], image.block_name_prefix()
+        chosen = found[:: max(1, -(-len(found) // max(1, at_most)))]
+        self._names = [f"{prefix}.{window.offset // object_size:016x}" for window in chosen]
+        self.objects = len(self._names)
+        self._before = self._now()
+
+    def changed(self) -> int:
+        """Return how many of the objects have changed since."""
+        if not self.objects:
+            return 0
+        return sum(old != new for old, new in zip(self._before, self._now(), strict=True))
+
+    def _now(self) -> list[int | None]:
+        return _versions(self._open_data(self._image, None), self._names)
+
+
 def differences(older: View, newer: View, window: Extent) -> tuple[bytes, list[Extent]]:
     """Compare a window byte by byte; return the newer's bytes (zeros beyond its end) and where they differ.
 
@@ -180,12 +205,14 @@ def _same_objects(older: View, newer: View) -> bool:
     """Tell whether object versions can be compared: one image, one byte range an object, the same parent."""
 
     def layout(image: Any) -> tuple[Any, ...]:
-        order = image.stat()["order"]
-        plain = image.stripe_count() == 1 and image.stripe_unit() == 1 << order
-        return (image.id(), plain, _overlap(image))
+        return (image.id(), _is_plain(image), _overlap(image))
 
     first = layout(older.image)
     return first[1] and first == layout(newer.image)
+
+
+def _is_plain(image: Any) -> bool:
+    return bool(image.stripe_count() == 1 and image.stripe_unit() == 1 << image.stat()["order"])
 
 
 def _overlap(image: Any) -> int:

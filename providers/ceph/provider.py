@@ -52,6 +52,9 @@ _MAX_MEMBERS = 128
 _THREADS = 32
 _YIELD_TO_CUTS_S = 3.0
 _CLONE_OF = "frostgate.clone"
+_QUIET_INTERVALS = 2.2
+"""A change of the OSD map is followed by another commit one interval later: the monitor's own log entry about the new
+map (OSDMonitor::on_active). Only an interval after that one does the next change go out at once."""
 
 
 class CephProvider(Provider):
@@ -67,7 +70,7 @@ class CephProvider(Provider):
         self._lock = threading.Lock()
         self._reverts: dict[str, list[reverting.Held]] = {}
         self._about_to_cut: dict[str, float] = {}
-        self._map_changed = -options.commit_interval_s
+        self._map_changed = -_QUIET_INTERVALS * options.commit_interval_s
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"{pool}-rbd")
 
     @classmethod
@@ -148,7 +151,8 @@ class CephProvider(Provider):
                 self._remove_unfinished(context, spec.group)
                 raise
         self._about_to_cut[spec.group] = time.monotonic()
-        time.sleep(max(0.0, self._map_changed + self._options.commit_interval_s - time.monotonic()))
+        quiet = self._map_changed + _QUIET_INTERVALS * self._options.commit_interval_s
+        time.sleep(max(0.0, quiet - time.monotonic()))
         return [self._member(manifest, part) for part in manifest.members]
 
     def cut(self, group: str) -> list[Member]:
@@ -256,7 +260,7 @@ class CephProvider(Provider):
                 held = self._hold(context, group, volumes)
                 reverting.find_windows(context, manifest, held, self._open_data, self._executor)
             try:
-                reverting.set_back(context, manifest, held, progress, self._executor)
+                reverting.set_back(context, manifest, held, progress, self._open_data, self._executor)
             finally:
                 self._release(group)
                 self._map_changed = time.monotonic()
@@ -343,7 +347,7 @@ class CephProvider(Provider):
                 yield StoredGroup(group, manifest.cut_time, members, manifest.record.encode())
 
     def leftovers(self) -> Iterator[str]:
-        """See Provider. RBD groups named as ours that are not listed count as well."""
+        """See Provider. What is reserved or being deleted; a cut is listed before its RBD group is made."""
         with self._cluster.opened() as context:
             listed = store.groups(context)
             for group in listed:

@@ -10,13 +10,15 @@ swap      a clone of the snapshot takes the image's name, in a time that does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import rados
 import rbd
+import structlog
 
 from providers.base import CapabilityMissing, Extent, ReportProgress, SnapshotNotFound, VolumeInUse
 from providers.ceph import changes
@@ -34,6 +36,10 @@ from providers.ceph.images import (
 )
 from providers.ceph.store import Manifest, StoredMember
 
+log = structlog.get_logger()
+
+_PROBES = 64
+_LOOK_EVERY_S = 0.25
 _FEATURES = (
     rbd.RBD_FEATURE_LAYERING
     | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
@@ -101,7 +107,12 @@ def find_windows(
 
 
 def set_back(
-    context: Any, manifest: Manifest, held: Sequence[Held], progress: ReportProgress, executor: Executor
+    context: Any,
+    manifest: Manifest,
+    held: Sequence[Held],
+    progress: ReportProgress,
+    open_data: OpenData,
+    executor: Executor,
 ) -> None:
     """Roll back. Repeatable after a crash, from find_windows() on.
 
@@ -115,23 +126,46 @@ def set_back(
     if grouped and len(grouped) == len(manifest.in_group()):
         for one in grouped:
             unlock(one)  # librbd takes the locks itself, in handles of its own
-        rbd.Group(context, manifest.rbd_name).rollback_to_snap(SNAPSHOT)
+        group = rbd.Group(context, manifest.rbd_name)
+        roll = executor.submit(group.rollback_to_snap, SNAPSHOT)
+        done = _watched(roll, grouped, lambda part: progress(part, total), open_data)
     else:
-        grouped = []
-    done = sum(window.length for one in grouped for window in one.windows)
+        grouped, done = [], 0
     progress(done, total)
     for one in held:
         if one in grouped:
             continue
         if one in own and manifest.member(one.volume).kind == "snapshot":
-            one.image.rollback_to_snap(manifest.rbd_name)
-            done += sum(window.length for window in one.windows)
+            roll = executor.submit(one.image.rollback_to_snap, manifest.rbd_name)
+            before = done
+            done += _watched(roll, [one], lambda part, before=before: progress(before + part, total), open_data)
             progress(done, total)
         else:
             for length in _written_back(context, manifest, one, executor):
                 done += length
                 progress(min(done, total), total)
     progress(total, total)
+
+
+def _watched(roll: Future[None], held: Sequence[Held], report: Callable[[int], None], open_data: OpenData) -> int:
+    """Wait for librbd's rollback, which does not tell how far it is: look at some of the objects meanwhile.
+
+    Returns how many bytes that was, by objects.
+    """
+    length = sum(window.length for one in held for window in one.windows)
+    share = _PROBES // len(held)
+    try:
+        probes = [changes.Probe(one.image, one.windows, share, open_data) for one in held]
+        objects = sum(probe.objects for probe in probes)
+        while objects and not wait([roll], timeout=_LOOK_EVERY_S).done:
+            try:
+                report(length * sum(probe.changed() for probe in probes) // objects)
+            except rados.Error as error:  # of the progress only: the rollback itself waits for the cluster
+                log.info("how far the rollback is cannot be seen", error=str(error))
+    finally:
+        wait([roll])
+    roll.result()
+    return length
 
 
 def _is_same(manifest: Manifest, held: Held) -> bool:

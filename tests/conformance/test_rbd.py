@@ -143,6 +143,7 @@ def test_a_wrong_key_is_said_and_stalls_no_other_pool(bench: Bench, tmp_path: An
 
 
 @pytest.mark.expects_log("revert is half done and waits")
+@pytest.mark.expects_log("record on the storage is behind the journal")
 def test_an_osd_that_hangs_during_a_revert_only_delays_it(bench: Bench) -> None:
     volume, group = bench.volume(256 * MIB, pool="other", data=b"o" * 200 * MIB), bench.id()
     bench.take(group, ("other", volume))
@@ -151,8 +152,9 @@ def test_an_osd_that_hangs_during_a_revert_only_delays_it(bench: Bench) -> None:
     safety = bench.id("safety")
     bench.stub.RevertGroupSnapshot(rpc.RevertGroupSnapshotRequest(id=group, safety_id=safety))
     for seen in bench.stub.WatchGroupSnapshot(rpc.WatchGroupSnapshotRequest(id=group)):
-        if seen.group_snapshot.progress.done_bytes:
+        if any(found.id == safety and found.state == pb.GROUP_SNAPSHOT_STATE_READY for found in bench.list()):
             break
+        assert seen.group_snapshot.state == pb.GROUP_SNAPSHOT_STATE_REVERTING
     ceph(bench).other.pause("osd")
     try:
         time.sleep(7)
@@ -161,6 +163,25 @@ def test_an_osd_that_hangs_during_a_revert_only_delays_it(bench: Bench) -> None:
     outcome = bench.settled(group)
     assert outcome.revert.state == pb.Revert.STATE_DONE, outcome.revert
     assert bench.storage.digest(volume, "other") == then
+
+
+def test_a_rollback_by_librbd_tells_how_far_it_is(bench: Bench) -> None:
+    name, group = f"t{bench.number}-many.raw", bench.id()
+    rbd(bench, "create", "--size", "256M", "--object-size", "64K", f"vms/{name}")
+    try:
+        bench.storage.write(name, 0, b"o" * 256 * MIB)
+        then = bench.storage.digest(name)
+        bench.take(group, name)
+        bench.storage.write(name, 0, b"d" * 256 * MIB)
+        bench.stub.RevertGroupSnapshot(rpc.RevertGroupSnapshotRequest(id=group, safety_id=bench.id("safety")))
+        seen = [found.progress.done_bytes for found in bench.watch(group)]
+        assert any(0 < done < 256 * MIB for done in seen), seen
+        assert seen == sorted(seen), seen
+        assert bench.storage.digest(name) == then
+        for found in reversed(bench.groups):
+            bench.delete(found)
+    finally:
+        rbd(bench, "rm", "--no-progress", f"vms/{name}")
 
 
 def test_sources_are_resolved_by_pool_namespace_and_monitor(bench: Bench) -> None:

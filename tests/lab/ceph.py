@@ -2,7 +2,7 @@
 
 Everything lies below the lab's state directory and listens on loopback only. The daemons are stopped, paused and
 started again one by one for fault tests. `commit_interval_s` is the monitor's paxos_propose_interval: Ceph's own
-second makes every snapshot wait for it, which tests need not (bench/ceph_window.py does).
+second makes every snapshot wait for it, which tests need not (bench/rbd_window.py does).
 """
 
 import json
@@ -57,7 +57,7 @@ osd class load list = *
 osd class default list = *
 [mgr]
 mgr data = {directory}/mgr
-mgr stats period = 1
+mgr stats period = {stats_period_s}
 [client]
 admin socket =
 """
@@ -71,12 +71,19 @@ class CephCluster:
     """One cluster, named by its directory below the lab's state. Safe to use from a `finally`."""
 
     def __init__(
-        self, name: str = "ceph", *, commit_interval_s: float = 0.05, manager: bool = True, size: int = 16 * _GIB
+        self,
+        name: str = "ceph",
+        *,
+        commit_interval_s: float = 0.05,
+        stats_period_s: int = 1,
+        manager: bool = True,
+        size: int = 16 * _GIB,
     ) -> None:
         self.directory = state.DEFAULT_STATE_DIR / name
         self.conf = self.directory / "ceph.conf"
         self.ports = (_free_port(), _free_port())
         self._commit_interval_s = commit_interval_s
+        self._stats_period_s = stats_period_s
         self._manager = manager
         self._size = size
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -101,6 +108,7 @@ class CephCluster:
                 monitors=monitors,
                 directory=self.directory,
                 commit_interval_s=self._commit_interval_s,
+                stats_period_s=self._stats_period_s,
                 size=self._size,
             )
         )
