@@ -32,7 +32,7 @@ STAGING = "staging"
 SWAPPING = "swapping"
 
 _FORGOTTEN_AFTER_S = 45.0
-"""How long a storage may count a process that died as a user of a volume: Ceph does for osd_client_watch_timeout, 30 s."""
+"""How long a storage may count a process that died as a user of a volume; Ceph: osd_client_watch_timeout, 30 s."""
 
 
 async def revert(

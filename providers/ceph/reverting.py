@@ -10,7 +10,7 @@ swap      a clone of the snapshot takes the image's name, in a time that does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -128,7 +128,7 @@ def set_back(
             unlock(one)  # librbd takes the locks itself, in handles of its own
         group = rbd.Group(context, manifest.rbd_name)
         roll = executor.submit(group.rollback_to_snap, SNAPSHOT)
-        done = _watched(roll, grouped, lambda part: progress(part, total), open_data)
+        done = _watched(roll, grouped, 0, total, progress, open_data)
     else:
         grouped, done = [], 0
     progress(done, total)
@@ -137,8 +137,7 @@ def set_back(
             continue
         if one in own and manifest.member(one.volume).kind == "snapshot":
             roll = executor.submit(one.image.rollback_to_snap, manifest.rbd_name)
-            before = done
-            done += _watched(roll, [one], lambda part, before=before: progress(before + part, total), open_data)
+            done += _watched(roll, [one], done, total, progress, open_data)
             progress(done, total)
         else:
             for length in _written_back(context, manifest, one, executor):
@@ -147,19 +146,21 @@ def set_back(
     progress(total, total)
 
 
-def _watched(roll: Future[None], held: Sequence[Held], report: Callable[[int], None], open_data: OpenData) -> int:
+def _watched(
+    roll: Future[None], held: Sequence[Held], done: int, total: int, progress: ReportProgress, open_data: OpenData
+) -> int:
     """Wait for librbd's rollback, which does not tell how far it is: look at some of the objects meanwhile.
 
     Returns how many bytes that was, by objects.
     """
     length = sum(window.length for one in held for window in one.windows)
-    share = _PROBES // len(held)
+    share = max(1, _PROBES // len(held))
     try:
         probes = [changes.Probe(one.image, one.windows, share, open_data) for one in held]
         objects = sum(probe.objects for probe in probes)
         while objects and not wait([roll], timeout=_LOOK_EVERY_S).done:
             try:
-                report(length * sum(probe.changed() for probe in probes) // objects)
+                progress(done + length * sum(probe.changed() for probe in probes) // objects, total)
             except rados.Error as error:  # of the progress only: the rollback itself waits for the cluster
                 log.info("how far the rollback is cannot be seen", error=str(error))
     finally:
