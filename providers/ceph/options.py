@@ -17,7 +17,8 @@ class CephOptions(BaseModel):
     "group" by one RBD group snapshot (atomic, but Ceph before 20 can neither clone from it nor name it in a diff),
     "parallel" by one snapshot an image at the same time (atomic only because the guest is frozen; reverts and
     clones are instant). `commit_interval_s` is the monitors' paxos_propose_interval: prepare waits until two
-    of them have passed since our last change to the OSD map, so that the cut need not. `timeout_s` bounds every operation.
+    of them have passed since our last change to the OSD map, so that the cut need not. `timeout_s` bounds every
+    operation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
