@@ -79,14 +79,10 @@ class Gateway:
 
     def call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Call one of the contract's unary methods by name. Raises GatewayError."""
-        # waited for in Python: a Ctrl-C that meets gRPC's own waiting, inside Cython, can get lost there
-        answer = getattr(self._stub, method).future(request, timeout=timeout_s, metadata=self._metadata)
         try:
-            return answer.result()
+            return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.endpoint) from None
-        finally:
-            answer.cancel()
 
     def stream(self, method: str, request: Any) -> Iterator[Any]:
         """Call one of the contract's streaming methods by name; ends with the generator. Raises GatewayError."""
