@@ -137,7 +137,8 @@ def test_a_closed_pipe_is_no_error(gateway: GatewayProcess, taken: str) -> None:
 
 def test_ctrl_c_while_waiting_says_what_goes_on(gateway: GatewayProcess, taken: str, tmp_path: Path) -> None:
     with HoldingProxy(gateway.address, tmp_path / "p.sock", "GetGroupSnapshot") as proxy:
-        command = [FROSTGATE, "--address", proxy.address, "snapshot", "show", taken]
+        # a test run in the background of a shell has SIGINT ignored, and would hand that on
+        command = ["env", "--default-signal=INT", FROSTGATE, "--address", proxy.address, "snapshot", "show", taken]
         with subprocess.Popen(command, env=gateway.environment, stderr=subprocess.PIPE, text=True) as shown:
             assert proxy.held.wait(20)
             shown.send_signal(signal.SIGINT)
