@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +34,8 @@ class Parser:
         self._passphrase = passphrase
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._lock = threading.Lock()
+        self._request = ""
+        self.lock = threading.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -47,22 +48,18 @@ class Parser:
 
     def root(self, tree: int) -> wire.Entry:
         """Return a tree's root directory; `tree` is a position in layout(). Raises OSError."""
-        return self._checked(wire.entry, self.ask("root", tree))
+        return _entry(self.ask("root", tree))
 
     def find(self, tree: int, number: int, name: bytes) -> wire.Entry | None:
         """Return the entry of a name in a directory, or None. Raises OSError."""
-        found = self.ask("find", tree, number, name)
-        return None if found is None else self._checked(wire.entry, found)
+        return found_entry(self.ask("find", tree, number, name))
 
     def listing(self, tree: int, number: int, start: int) -> list[tuple[bytes, wire.Entry | None]]:
         """Return some entries of a directory from a position on; none at its end. Raises OSError.
 
         An entry that is damaged is None; the others are there nevertheless.
         """
-        return [
-            (_name(name), None if found is None else self._checked(wire.entry, found))
-            for name, found in self.ask("listing", tree, number, start)
-        ]
+        return listed(self.ask("listing", tree, number, start))
 
     def entries(self, tree: int, number: int) -> Iterator[tuple[bytes, wire.Entry | None]]:
         """Yield all entries of a directory. Raises OSError."""
@@ -98,29 +95,48 @@ class Parser:
 
     def ask(self, *request: Any) -> Any:
         """Send a request and wait for its answer. Raises OSError."""
-        with self._lock:
-            try:
-                control = self._control or self._start()
-                wire.send(control, list(request))
-                code, answer = wire.receive(control)
-            except (wire.Closed, TimeoutError, ValueError, TypeError) as error:
-                self._end()
-                _log.error("parser_died", request=request[0], error=str(error) or type(error).__name__)
-                raise OSError(errno.EIO, f"the parser of this file system died ({error})") from None
+        with self.lock:
+            self.begin(*request)
+            return self.finish()
+
+    def begin(self, *request: Any) -> socket.socket:
+        """Send a request; `lock` is held. What is returned can be waited for: finish() takes the answer from it.
+
+        Raises OSError.
+        """
+        self._request = str(request[0])
+        try:
+            control = self._control or self._start()
+            wire.send(control, list(request))
+        except wire.Closed as error:
+            raise self._died(error) from None
+        return control
+
+    def finish(self) -> Any:
+        """Take the answer to begin(); `lock` is still held. Raises OSError."""
+        if self._control is None:
+            raise self._died(wire.Closed("it was ended"))
+        try:
+            code, answer = wire.receive(self._control)
+        except (wire.Closed, TimeoutError, ValueError, TypeError) as error:
+            raise self._died(error) from None
         if code:
             raise OSError(code if isinstance(code, int) else errno.EIO, str(answer))
         return answer
 
+    def abandon(self) -> None:
+        """End the process instead of finish(); `lock` is held."""
+        self._end()
+
     def close(self) -> None:
         """End the process; may be called twice."""
-        with self._lock:
+        with self.lock:
             self._end()
 
-    def _checked(self, convert: Callable[[Any], wire.Entry], values: Any) -> wire.Entry:
-        try:
-            return convert(values)
-        except wire.Closed as error:
-            raise OSError(errno.EIO, str(error)) from None
+    def _died(self, error: Exception) -> OSError:
+        self._end()
+        _log.error("parser_died", request=self._request, error=str(error) or type(error).__name__)
+        return OSError(errno.EIO, f"the parser of this file system died ({error})")
 
     def _start(self) -> socket.socket:
         control, theirs = socket.socketpair()
@@ -176,6 +192,23 @@ def _serve_blocks(asked: socket.socket, disks: Sequence[Blocks]) -> None:
                 wire.send(asked, answer)
         except (wire.Closed, ValueError, TypeError, IndexError):
             return
+
+
+def found_entry(values: Any) -> wire.Entry | None:
+    """Return the answer to "find". Raises OSError."""
+    return None if values is None else _entry(values)
+
+
+def listed(answer: Any) -> list[tuple[bytes, wire.Entry | None]]:
+    """Return the answer to "listing". Raises OSError."""
+    return [(_name(name), found_entry(found)) for name, found in answer]
+
+
+def _entry(values: Any) -> wire.Entry:
+    try:
+        return wire.entry(values)
+    except wire.Closed as error:
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def _name(name: Any) -> bytes:

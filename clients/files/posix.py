@@ -18,6 +18,7 @@ _OPEN = 1024
 _DIRECTORIES = 64
 _EXTENTS_COUNTED = 256
 _SPARSE = 1
+_BLOCK_BYTES = 4096
 _DEVICES = (stat.S_IFBLK, stat.S_IFCHR)
 
 
@@ -50,7 +51,7 @@ class PosixTree:
             int(found.owner_identifier),
             int(found.group_identifier),
             size,
-            sum(length for _, length in self._data(found, _EXTENTS_COUNTED)) if kind == stat.S_IFREG else size,
+            _in_blocks(self._data(found, _EXTENTS_COUNTED)) if kind == stat.S_IFREG else size,
             int(found.get_modification_time_as_integer()),
             int(found.get_access_time_as_integer()),
             int(found.get_inode_change_time_as_integer()),
@@ -146,10 +147,18 @@ class PosixTree:
             self._open.popitem(last=False)
 
 
-def _raw_names(source: Bytes, inode: int) -> dict[bytes, int]:
+def _in_blocks(data: Iterator[tuple[int, int]]) -> int:
+    """Return the bytes that data takes in blocks of 4 KiB."""
+    return sum(-(-length // _BLOCK_BYTES) * _BLOCK_BYTES for _, length in data)
+
+
+def sleuthkit_image(source: Bytes) -> Any:
+    """Return bytes as what the Sleuth Kit reads from."""
     import pytsk3
 
     class Image(pytsk3.Img_Info):  # type: ignore[misc]
+        """Reads from our bytes."""
+
         def __init__(self) -> None:
             super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
 
@@ -157,13 +166,21 @@ def _raw_names(source: Bytes, inode: int) -> dict[bytes, int]:
             """Nothing of ours."""
 
         def read(self, offset: int, size: int) -> bytes:
+            """Read a range."""
             return source.pread(offset, size)
 
         def get_size(self) -> int:
+            """Return the size in bytes."""
             return source.size_bytes
 
+    return Image()
+
+
+def _raw_names(source: Bytes, inode: int) -> dict[bytes, int]:
+    import pytsk3
+
     names = {}
-    for found in pytsk3.FS_Info(Image()).open_dir(inode=inode):
+    for found in pytsk3.FS_Info(sleuthkit_image(source)).open_dir(inode=inode):
         name = found.info.name
         allocated = int(name.flags) & int(pytsk3.TSK_FS_NAME_FLAG_ALLOC)
         invented = int(name.type) == int(pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)  # the Sleuth Kit's own $OrphanFiles

@@ -13,13 +13,11 @@ from typing import Any
 
 from clients.files import wire
 from clients.files.dos import DosTree
-from clients.files.posix import PosixTree
+from clients.files.posix import PosixTree, sleuthkit_image
 from clients.files.ranges import Bytes, FileObject, LibraryBytes, Part
 
 AnyTree = PosixTree | DosTree
 
-_SECTOR_BYTES = 512
-_EXTENDED = (0x05, 0x0F, 0x85)
 _EXT_INCOMPATIBLE = 1024 + 0x60
 _EXT_NEEDS_RECOVERY = 0x4
 _RAW_HINT = (
@@ -69,7 +67,6 @@ def scan(disks: Sequence[Bytes], passphrase: str | None = None) -> list[Found]:
 
 def _partitions(number: int, disk: Bytes) -> Iterator[_Space]:
     import pyvsgpt
-    import pyvsmbr
 
     whole = _Space((number,), "whole", disk)
     try:
@@ -79,20 +76,36 @@ def _partitions(number: int, disk: Bytes) -> Iterator[_Space]:
             for part in volume.partitions:
                 yield _Space((number,), f"p{part.entry_index + 1}", Part(disk, part.volume_offset, part.size))
             return
-        if not any(_signed(name, disk) for name in ("pyfsext", "pyfsxfs", "pyfsntfs", "pyfsfat")) and _signed(
-            "pyvsmbr", disk
-        ):
-            volume = pyvsmbr.volume()
-            volume.open_file_object(FileObject(disk))
-            for index, part in enumerate(volume.partitions):
-                if part.type not in (0, *_EXTENDED):
-                    yield _Space((number,), f"p{index + 1}", Part(disk, part.volume_offset, part.size))
-            return
+        if not any(_signed(name, disk) for name in ("pyfsext", "pyfsxfs", "pyfsntfs", "pyfsfat")):
+            found = list(_mbr(disk))
+            if found:
+                yield from (_Space((number,), f"p{slot}", part) for slot, part in found)
+                return
     except OSError as error:
         whole = _Space((number,), "whole", Part(disk, 0, 0))
         yield _Space((number,), f"damaged-partition-table: {_brief(error)}", whole.source)
         return
     yield whole
+
+
+def _mbr(disk: Bytes) -> Iterator[tuple[int, Part]]:
+    """Yield the partitions of an MBR, numbered as Linux does: primary 1..4 by their slot, logical from 5 on."""
+    import pytsk3
+
+    if disk.pread(510, 2) != b"\x55\xaa":
+        return
+    try:
+        table = pytsk3.Volume_Info(sleuthkit_image(disk), pytsk3.TSK_VS_TYPE_DOS)
+    except OSError:
+        return
+    logical = 4
+    for part in table:
+        if int(part.flags) != int(pytsk3.TSK_VS_PART_FLAG_ALLOC):
+            continue
+        if part.table_num > 0:
+            logical += 1
+        slot = logical if part.table_num > 0 else part.slot_num + 1
+        yield slot, Part(disk, part.start * table.info.block_size, part.len * table.info.block_size)
 
 
 def _logical(physical: Sequence[_Space]) -> Iterator[Found]:

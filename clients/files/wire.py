@@ -62,12 +62,11 @@ def entry(values: Any) -> Entry:
     """Return an Entry of what came. Raises Closed for anything else."""
     try:
         *numbers, (major, minor) = values
-        found = Entry(*numbers[:10], device=(major, minor))
+        if all(isinstance(number, int) for number in (*numbers, major, minor)):
+            return Entry(*numbers, (major, minor))  # type: ignore[call-arg]
     except (TypeError, ValueError):
-        raise Closed("not an entry") from None
-    if not all(isinstance(number, int) for number in (*numbers, major, minor)):
-        raise Closed("not an entry")
-    return found
+        pass  # said below
+    raise Closed("not an entry")
 
 
 def tree(values: Any) -> Tree:

@@ -130,7 +130,6 @@ def main() -> None:
     import pytsk3  # noqa: F401
     import pyvsgpt  # noqa: F401
     import pyvslvm  # noqa: F401
-    import pyvsmbr  # noqa: F401
 
     sandbox.confine()
     try:
