@@ -80,10 +80,7 @@ class PosixTree:
 
     def xattrs(self, inode: int) -> list[tuple[bytes, bytes]]:
         """Return the extended attributes. Raises OSError."""
-        return [
-            (attribute.name.encode(), bytes(attribute.read(attribute.size)) if attribute.size else b"")
-            for attribute in self._entry(inode).extended_attributes
-        ]
+        return [(attribute.name.encode(), _value(attribute)) for attribute in self._entry(inode).extended_attributes]
 
     def data(self, inode: int) -> Iterator[tuple[int, int]]:
         """Yield what is not a hole in a file as (offset, length). Raises OSError."""
@@ -145,6 +142,11 @@ class PosixTree:
         self._open[inode] = found
         if len(self._open) > _OPEN:
             self._open.popitem(last=False)
+
+
+def _value(attribute: Any) -> bytes:
+    """Return an attribute's value; the library keeps a position between reads."""
+    return bytes(attribute.read_buffer_at_offset(attribute.size, 0)) if attribute.size else b""
 
 
 def _in_blocks(data: Iterator[tuple[int, int]]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clients.files import wire
+from clients.files import lvm, wire
 from clients.files.dos import DosTree
 from clients.files.posix import PosixTree, sleuthkit_image
 from clients.files.ranges import Bytes, FileObject, LibraryBytes, Part
@@ -55,10 +55,10 @@ class _Space:
 def scan(disks: Sequence[Bytes], passphrase: str | None = None) -> list[Found]:
     """Return everything on the disks, in their order. What is damaged is said, never raised."""
     spaces = [space for number, disk in enumerate(disks) for space in _partitions(number, disk)]
-    physical = [space for space in spaces if _signed("pyvslvm", space.source)]
+    physical = [space for space in spaces if lvm.is_physical_volume(space.source)]
     unlocked = [_unlock(space, passphrase) for space in spaces if space not in physical]
     found = [one if isinstance(one, Found) else _file_system(one) for one in unlocked]
-    inner = [space for space in unlocked if isinstance(space, _Space) and _signed("pyvslvm", space.source)]
+    inner = [space for space in unlocked if isinstance(space, _Space) and lvm.is_physical_volume(space.source)]
     found = [
         one for one in found if all(one.tree.name != space.name or one.tree.disks != space.disks for space in inner)
     ]
@@ -76,7 +76,7 @@ def _partitions(number: int, disk: Bytes) -> Iterator[_Space]:
             for part in volume.partitions:
                 yield _Space((number,), f"p{part.entry_index + 1}", Part(disk, part.volume_offset, part.size))
             return
-        if not any(_signed(name, disk) for name in ("pyfsext", "pyfsxfs", "pyfsntfs", "pyfsfat")):
+        if not any(_signed(name, disk) for name in ("pyfsext", "pyfsxfs", "pyfsntfs")):
             found = list(_mbr(disk))
             if found:
                 yield from (_Space((number,), f"p{slot}", part) for slot, part in found)
@@ -92,6 +92,7 @@ def _mbr(disk: Bytes) -> Iterator[tuple[int, Part]]:
     """Yield the partitions of an MBR, numbered as Linux does: primary 1..4 by their slot, logical from 5 on."""
     import pytsk3
 
+    # FAT's boot sector ends alike; the Sleuth Kit tells them apart
     if disk.pread(510, 2) != b"\x55\xaa":
         return
     try:
@@ -110,46 +111,28 @@ def _mbr(disk: Bytes) -> Iterator[tuple[int, Part]]:
 
 def _logical(physical: Sequence[_Space]) -> Iterator[Found]:
     """Yield the logical volumes of every volume group whose physical volumes are all here."""
-    import pyvslvm
-
-    groups: dict[str, list[tuple[_Space, Any, Any]]] = {}
+    groups: dict[str, list[tuple[_Space, lvm.PhysicalVolume]]] = {}
     for space in physical:
         try:
-            handle = pyvslvm.handle()
-            handle.open_file_object(FileObject(space.source))
-            group = handle.get_volume_group()
-            groups.setdefault(str(group.identifier), []).append((space, handle, group))
-        except OSError as error:
-            yield _refused(space, "lvm", f"its LVM metadata cannot be read ({_brief(error)})")
+            volume = lvm.open_physical_volume(space.source)
+            groups.setdefault(str(volume.group.get("id", volume.group_name)), []).append((space, volume))
+        except (lvm.Unreadable, OSError) as error:
+            yield _refused(space, "lvm", f"its LVM metadata cannot be read ({error})")
     for members in groups.values():
-        group = members[0][2]
-        disks = tuple(sorted({disk for space, _, _ in members for disk in space.disks}))
-        if len(members) < group.number_of_physical_volumes:
-            why = (
-                f"volume group {group.name} has {group.number_of_physical_volumes} physical volumes and only "
-                f"{len(members)} of them are in this snapshot"
-            )
-            yield _refused(_Space(disks, str(group.name), members[0][0].source), "lvm", why)
+        disks = tuple(sorted({disk for space, _ in members for disk in space.disks}))
+        name = members[0][1].group_name
+        whole = _Space(disks, name, members[0][0].source)
+        volumes = [volume for _, volume in members]
+        absent = lvm.missing(volumes)
+        if absent:
+            yield _refused(whole, "lvm", f"{absent} physical volumes of volume group {name} are not in this snapshot")
             continue
         try:
-            handle = pyvslvm.handle()
-            sources = [FileObject(space.source) for space, _, _ in members]
-            handle.open_file_object(sources[0])
-            handle.open_physical_volume_files_as_file_objects(sources)
-            whole = handle.get_volume_group()
-            for volume in whole.logical_volumes:
-                space = _Space(disks, f"{whole.name}-{volume.name}", _Kept(volume, handle))
-                yield _file_system(space)
-        except OSError as error:
-            yield _refused(_Space(disks, str(group.name), members[0][0].source), "lvm", _brief(error))
-
-
-class _Kept(LibraryBytes):
-    """A logical volume, and the handle that it needs as long as it lives."""
-
-    def __init__(self, source: Any, handle: Any) -> None:
-        super().__init__(source)
-        self._handle = handle
+            for one in lvm.logical_volumes(volumes):
+                space = _Space(disks, f"{name}-{one.name}", one.source or whole.source)
+                yield _file_system(space) if one.source else _refused(space, "lvm", one.why_not)
+        except lvm.Unreadable as error:
+            yield _refused(whole, "lvm", str(error))
 
 
 def _unlock(space: _Space, passphrase: str | None) -> _Space | Found:

@@ -129,7 +129,6 @@ def main() -> None:
     import pyluksde  # noqa: F401
     import pytsk3  # noqa: F401
     import pyvsgpt  # noqa: F401
-    import pyvslvm  # noqa: F401
 
     sandbox.confine()
     try:
