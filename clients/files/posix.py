@@ -7,6 +7,7 @@ from the Sleuth Kit, which gives bytes; XFS's has no library that would, and the
 from __future__ import annotations
 
 import stat
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,9 @@ _DIRECTORIES = 64
 _EXTENTS_COUNTED = 256
 _SPARSE = 1
 _BLOCK_BYTES = 4096
+_OLD_INODE_BYTES = 128
+_EXTRA_INODE_BYTES = 32
+_ATTRIBUTE_HEADER_BYTES = 8
 _DEVICES = (stat.S_IFBLK, stat.S_IFCHR)
 
 
@@ -31,6 +35,7 @@ class PosixTree:
         self._volume.open_file_object(FileObject(source))
         self._source = source
         self._raw_names = raw_names
+        self._room = _attribute_room(source) if raw_names else None
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
         root = self._volume.get_root_directory()
@@ -80,7 +85,10 @@ class PosixTree:
 
     def xattrs(self, inode: int) -> list[tuple[bytes, bytes]]:
         """Return the extended attributes. Raises OSError."""
-        return [(attribute.name.encode(), _value(attribute)) for attribute in self._entry(inode).extended_attributes]
+        found = [(attribute.name.encode(), attribute) for attribute in self._entry(inode).extended_attributes]
+        if self._room is not None:
+            found = _within(found, self._room)
+        return [(name, _value(attribute)) for name, attribute in found]
 
     def data(self, inode: int) -> Iterator[tuple[int, int]]:
         """Yield what is not a hole in a file as (offset, length). Raises OSError."""
@@ -142,6 +150,27 @@ class PosixTree:
         self._open[inode] = found
         if len(self._open) > _OPEN:
             self._open.popitem(last=False)
+
+
+def _attribute_room(source: Bytes) -> int:
+    """Return the bytes that ext keeps for attributes within an inode. Source: ext4's on-disk format, s_inode_size."""
+    (inode_bytes,) = struct.unpack("<H", source.pread(1024 + 0x58, 2).ljust(2, b"\0"))
+    return max(0, int(inode_bytes) - _OLD_INODE_BYTES - _EXTRA_INODE_BYTES - _ATTRIBUTE_HEADER_BYTES)
+
+
+def _within(found: list[tuple[bytes, Any]], room: int) -> list[tuple[bytes, Any]]:
+    """Return the attributes that surely lie within the inode.
+
+    libfsext (up to its 20260821) reads the values of the others, which lie in a block of their own, from a wrong
+    place: better none than a wrong one.
+    """
+    sizes = {name: 16 + _round(len(name.partition(b".")[2])) + _round(attribute.size) for name, attribute in found}
+    small = [(name, attribute) for name, attribute in found if sizes[name] <= room]
+    return small if sum(sizes[name] for name, _ in small) <= room else []
+
+
+def _round(length: int) -> int:
+    return -(-length // 4) * 4
 
 
 def _value(attribute: Any) -> bytes:
