@@ -38,6 +38,7 @@ class PosixTree:
         self._room = _attribute_room(source) if raw_names else None
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
+        self._places: dict[int, tuple[int, int]] = {}
         root = self._volume.get_root_directory()
         self.root_id = int(root.inode_number)
         self.label = str(self._volume.get_label() or "")
@@ -126,6 +127,7 @@ class PosixTree:
             except (OSError, UnicodeEncodeError):
                 nameless.append(number)
             self._keep(number, found)
+            self._places[number] = (inode, index)
         if nameless and self._raw_names:
             listed = _raw_names(self._source, inode)
         else:
@@ -140,11 +142,19 @@ class PosixTree:
     def _entry(self, inode: int) -> Any:
         found = self._open.get(inode)
         if found is None:
-            found = self._volume.get_file_entry_by_inode(inode)
+            found = self._opened(inode)
             self._keep(inode, found)
         else:
             self._open.move_to_end(inode)
         return found
+
+    def _opened(self, inode: int) -> Any:
+        """Open an inode through its directory, where that is known: opened by number, ext's have no attributes."""
+        place = self._places.get(inode)
+        if place is None:
+            return self._volume.get_file_entry_by_inode(inode)
+        directory, index = place
+        return self._entry(directory).get_sub_file_entry(index)
 
     def _keep(self, inode: int, found: Any) -> None:
         self._open[inode] = found

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 import stat
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from clients.blocks import Blocks
-from clients.files.snapshot import FileTree, OpenSnapshot, check_readable
+from clients.files.snapshot import READABLE, FileTree, OpenSnapshot
 from clients.files.wire import Entry
 from clients.gateway import Gateway, GatewayError
 
@@ -119,46 +120,56 @@ class Everything:
     gateway: Gateway
     passphrase: str | None = None
     _open: dict[str, OpenSnapshot] = field(default_factory=dict)
+    _vms: dict[str, dict[str, int]] = field(default_factory=dict)
+    _looked_at: float = -LOOK_AGAIN_S
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def root(self) -> Directory:
         """Return the directory of VMs."""
-        return Directory(self._vms, time.time_ns(), LOOK_AGAIN_S)
+        return Directory(self._list_vms, time.time_ns(), LOOK_AGAIN_S)
 
     def close(self) -> None:
         """Close what was opened."""
         for opened in self._open.values():
             opened.close()
 
-    def _vms(self) -> Mapping[bytes, Node]:
-        try:
-            found = list(self.gateway.list())
-        except GatewayError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        vms: dict[str, dict[str, int]] = {}
-        for snapshot in found:
+    def _look(self) -> dict[str, dict[str, int]]:
+        """Return the readable snapshots of every VM with their times, asked for again after LOOK_AGAIN_S."""
+        with self._lock:
+            if time.monotonic() < self._looked_at + LOOK_AGAIN_S:
+                return self._vms
             try:
-                check_readable(snapshot)
-            except GatewayError:
-                continue
-            vm = (snapshot.vm.name or snapshot.vm.uuid or "no-vm").replace("/", "%2F")
-            vms.setdefault(vm, {})[snapshot.id] = snapshot.cut_time.ToNanoseconds()
-        for gone in self._open.keys() - {snapshot.id for snapshot in found}:
-            self._open.pop(gone).close()
-        return {
-            vm.encode(): Directory(partial(self._snapshots, ids), time.time_ns(), LOOK_AGAIN_S)
-            for vm, ids in vms.items()
-        }
-
-    def _snapshots(self, ids: Mapping[str, int]) -> Mapping[bytes, Node]:
-        return {name.encode(): Directory(partial(self._snapshot, name), cut_ns) for name, cut_ns in ids.items()}
-
-    def _snapshot(self, snapshot_id: str) -> Mapping[bytes, Node]:
-        if snapshot_id not in self._open:
-            try:
-                self._open[snapshot_id] = OpenSnapshot(self.gateway, snapshot_id, self.passphrase)
+                found = list(self.gateway.list())
             except GatewayError as error:
                 raise OSError(errno.EIO, str(error)) from error
-        return snapshot_directory(self._open[snapshot_id]).list()
+            vms: dict[str, dict[str, int]] = {}
+            for snapshot in found:
+                if snapshot.state in READABLE:
+                    vm = (snapshot.vm.name or snapshot.vm.uuid or "no-vm").replace("/", "%2F")
+                    vms.setdefault(vm, {})[snapshot.id] = snapshot.cut_time.ToNanoseconds()
+            for gone in self._open.keys() - {snapshot.id for snapshot in found}:
+                self._open.pop(gone).close()
+            self._vms, self._looked_at = vms, time.monotonic()
+            return vms
+
+    def _list_vms(self) -> Mapping[bytes, Node]:
+        now_ns = time.time_ns()
+        return {vm.encode(): Directory(partial(self._snapshots, vm), now_ns, LOOK_AGAIN_S) for vm in self._look()}
+
+    def _snapshots(self, vm: str) -> Mapping[bytes, Node]:
+        return {
+            name.encode(): Directory(partial(self._snapshot, name), cut_ns)
+            for name, cut_ns in self._look().get(vm, {}).items()
+        }
+
+    def _snapshot(self, snapshot_id: str) -> Mapping[bytes, Node]:
+        with self._lock:
+            if snapshot_id not in self._open:
+                try:
+                    self._open[snapshot_id] = OpenSnapshot(self.gateway, snapshot_id, self.passphrase)
+                except GatewayError as error:
+                    raise OSError(errno.EIO, str(error)) from error
+            return snapshot_directory(self._open[snapshot_id]).list()
 
 
 def child(of: Inode, entry: Entry) -> Inode:

@@ -123,7 +123,7 @@ def _described(path: bytes, *, posix: bool) -> tuple[object, ...]:
             seen += [status.st_size, hashlib.file_digest(file, "sha256").hexdigest()]
         if posix:
             attributes = tuple(sorted((name, os.getxattr(path, name)) for name in os.listxattr(path)))
-            seen += [status.st_nlink, status.st_blocks, attributes]
+            seen += [status.st_nlink, attributes]
     elif stat.S_ISLNK(status.st_mode):
         seen.append(os.readlink(path))
     return tuple(seen)

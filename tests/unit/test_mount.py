@@ -71,7 +71,12 @@ def test_parts_come_as_whole_pages_with_the_same_bytes(shape: list[tuple[bool, i
     parts, offset, content = [], 0, b""
     for number, (zeros, length) in enumerate(shape):
         data = b"" if zeros else bytes([number + 1]) * length
-        parts.append(rpc.ReadBlocksResponse(offset=offset, data=data, zero_bytes=length if zeros else 0))
+        part = rpc.ReadBlocksResponse(offset=offset)
+        if zeros:
+            part.zero_bytes = length
+        else:
+            part.data = data
+        parts.append(part)
         content += data or bytes(length)
         offset += length
     got = b""
