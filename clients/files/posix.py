@@ -31,6 +31,7 @@ class PosixTree:
 
     def __init__(self, library: Any, source: Bytes, raw_names: bool) -> None:
         """Open it. Raises OSError when it is damaged."""
+        self._library = library
         self._volume = library.volume()
         self._volume.open_file_object(FileObject(source))
         self._source = source
@@ -38,7 +39,6 @@ class PosixTree:
         self._room = _attribute_room(source) if raw_names else None
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
-        self._places: dict[int, tuple[int, int]] = {}
         root = self._volume.get_root_directory()
         self.root_id = int(root.inode_number)
         self.label = str(self._volume.get_label() or "")
@@ -86,9 +86,13 @@ class PosixTree:
 
     def xattrs(self, inode: int) -> list[tuple[bytes, bytes]]:
         """Return the extended attributes. Raises OSError."""
-        found = [(attribute.name.encode(), attribute) for attribute in self._entry(inode).extended_attributes]
-        if self._room is not None:
-            found = _within(found, self._room)
+        if self._room is None:
+            found = _attributes(self._entry(inode))
+        else:
+            # libfsext (20260821) gives an inode's attributes to the first who opens it, and none to the second
+            volume = self._library.volume()
+            volume.open_file_object(FileObject(self._source))
+            found = _within(_attributes(volume.get_file_entry_by_inode(inode)), self._room)
         return [(name, _value(attribute)) for name, attribute in found]
 
     def data(self, inode: int) -> Iterator[tuple[int, int]]:
@@ -127,7 +131,6 @@ class PosixTree:
             except (OSError, UnicodeEncodeError):
                 nameless.append(number)
             self._keep(number, found)
-            self._places[number] = (inode, index)
         if nameless and self._raw_names:
             listed = _raw_names(self._source, inode)
         else:
@@ -142,19 +145,11 @@ class PosixTree:
     def _entry(self, inode: int) -> Any:
         found = self._open.get(inode)
         if found is None:
-            found = self._opened(inode)
+            found = self._volume.get_file_entry_by_inode(inode)
             self._keep(inode, found)
         else:
             self._open.move_to_end(inode)
         return found
-
-    def _opened(self, inode: int) -> Any:
-        """Open an inode through its directory, where that is known: opened by number, ext's have no attributes."""
-        place = self._places.get(inode)
-        if place is None:
-            return self._volume.get_file_entry_by_inode(inode)
-        directory, index = place
-        return self._entry(directory).get_sub_file_entry(index)
 
     def _keep(self, inode: int, found: Any) -> None:
         self._open[inode] = found
@@ -181,6 +176,10 @@ def _within(found: list[tuple[bytes, Any]], room: int) -> list[tuple[bytes, Any]
 
 def _round(length: int) -> int:
     return -(-length // 4) * 4
+
+
+def _attributes(found: Any) -> list[tuple[bytes, Any]]:
+    return [(attribute.name.encode(), attribute) for attribute in found.extended_attributes]
 
 
 def _value(attribute: Any) -> bytes:
