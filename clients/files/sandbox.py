@@ -10,22 +10,19 @@ Source: seccomp(2), libseccomp's seccomp_rule_add(3), setrlimit(2).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
-import signal
 
 MEMORY_BYTES = 1024 * 1024 * 1024
 _NOBODY = 65534
-_PR_SET_PDEATHSIG = 1
 
 _ALLOWED = (
     "read", "readv", "pread64", "preadv", "write", "writev", "lseek", "close", "fstat", "newfstatat",
     "recvfrom", "recvmsg", "sendto", "sendmsg", "poll", "ppoll", "select", "pselect6", "fcntl",
     "brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "getrandom",
     "clock_gettime", "clock_nanosleep", "gettimeofday", "getpid", "gettid", "getuid", "geteuid", "getgid", "getegid",
-    "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "exit", "exit_group",
+    "setitimer", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "exit", "exit_group",
 )  # fmt: skip
 
 
@@ -36,8 +33,6 @@ def confine() -> None:
     """
     import pyseccomp  # while files can be opened
 
-    # dies with the thread that started it, so that kill -9 of the mount leaves no parser behind
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

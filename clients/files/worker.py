@@ -7,6 +7,7 @@ ends with its parent. The first message is the set-up: [[size, descriptor or -1]
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 import sys
 from typing import Any
@@ -17,6 +18,7 @@ from clients.files import sandbox, volumes, wire
 from clients.files.ranges import AskedDisk, Bytes, LocalDisk
 
 READ_BYTES = 1024 * 1024
+ANSWER_S = 90.0
 LIST_ENTRIES = 2000
 _DATA_RANGES = 200_000
 
@@ -106,11 +108,14 @@ def serve(control: socket.socket, trees: Trees) -> None:
     calls = {name: getattr(trees, name) for name in _CALLS}
     while True:
         name, *arguments = wire.receive(control)
+        # an endless loop in a library ends us, also when nobody is there any more to do it
+        signal.setitimer(signal.ITIMER_REAL, ANSWER_S)
         try:
             answer = [0, calls[name](*arguments)]
         except (OSError, MemoryError, RecursionError, ValueError, OverflowError) as error:
             # what a library says of a damaged structure
             answer = [getattr(error, "errno", None) or errno.EIO, str(error)[:500]]
+        signal.setitimer(signal.ITIMER_REAL, 0)
         wire.send(control, answer)
 
 
