@@ -22,7 +22,8 @@ _ALLOWED = (
     "recvfrom", "recvmsg", "sendto", "sendmsg", "poll", "ppoll", "select", "pselect6", "fcntl",
     "brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "getrandom",
     "clock_gettime", "clock_nanosleep", "gettimeofday", "getpid", "gettid", "getuid", "geteuid", "getgid", "getegid",
-    "setitimer", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "exit", "exit_group",
+    "setitimer", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall",
+    "exit", "exit_group",
 )  # fmt: skip
 
 
