@@ -26,6 +26,7 @@ def _timed(root: Path) -> float:
 
 
 def main() -> None:
+    """Measure and print."""
     lab = state.prepare()
     scratch = Path(tempfile.mkdtemp(prefix="bench-mount-"))
     with mount_filesystem("xfs", lab / "bench-mount", 4096 * MIB) as filesystem:
