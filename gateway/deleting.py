@@ -153,6 +153,7 @@ async def _remove(
                     await pool.work.run(None, lambda: pool.provider.abort(group.id))
                 if not was_cut:
                     return  # a finished snapshot of this id on the storage is somebody else's: a lost journal's
+                await core.readers.forget(group.id)
                 await pool.work.run(None, lambda: pool.provider.delete(group.id, live.reporter(pool.name)))
 
     if error := first_error(await core.in_pools(group, verb)):

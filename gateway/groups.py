@@ -24,6 +24,7 @@ from gateway.config import Limits
 from gateway.errors import Refused
 from gateway.journal import Group, Journal
 from gateway.pools import Pool, Pools
+from gateway.readers import Readers
 from providers.base import Cancelled, ReportProgress, VolumeSpec
 
 T = TypeVar("T")
@@ -131,9 +132,14 @@ class Core:
     pools: Pools
     limits: Limits
     claims: Claims = field(default_factory=Claims)
+    readers: Readers = field(init=False)
     stopping: bool = False
     _live: WeakValueDictionary[str, Live] = field(default_factory=WeakValueDictionary)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing open."""
+        self.readers = Readers(self.limits.call_timeout_s)
 
     def live(self, group_id: str) -> Live:
         """Return what is in memory of a group, made when there is nothing."""
@@ -171,6 +177,7 @@ class Core:
         pending = {task for task in self._tasks if not task.done()}
         if pending:
             await asyncio.wait(pending, timeout=2)
+        await self.readers.forget()
 
     async def in_pools(self, group: Group, verb: Callable[[Pool], Awaitable[T]]) -> dict[str, T | BaseException]:
         """Run a verb in every pool of a group at once; return each pool's result or error."""

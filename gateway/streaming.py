@@ -26,8 +26,7 @@ async def read_blocks(
     Raises BadInput for a range beyond the end, Refused, PoolUnavailable.
     """
     pool = readable(core, group, request.volume)
-    reader = await pool.ask(lambda: pool.provider.open(group.id, request.volume.volume))
-    try:
+    async with core.readers.lend(pool, group.id, request.volume.volume) as reader:
         if request.offset > reader.size_bytes:
             raise BadInput([("offset", f"is beyond the end, {reader.size_bytes}")])
         length = request.length or reader.size_bytes - request.offset
@@ -36,8 +35,6 @@ async def read_blocks(
         parts = _parts(reader, request.offset, length)
         while part := await pool.read.run(core.limits.call_timeout_s, lambda: next(parts, None)):
             yield part
-    finally:
-        await pool.read.run(core.limits.call_timeout_s, reader.close)
 
 
 async def allocated_extents(
@@ -45,13 +42,10 @@ async def allocated_extents(
 ) -> AsyncIterator[rpc.ListAllocatedExtentsResponse]:
     """Yield what is not a hole in a member."""
     pool = readable(core, group, volume)
-    reader = await pool.ask(lambda: pool.provider.open(group.id, volume.volume))
-    try:
+    async with core.readers.lend(pool, group.id, volume.volume) as reader:
         extents = reader.extents(0, reader.size_bytes)
         while batch := await pool.read.run(core.limits.call_timeout_s, lambda: _batch(extents)):
             yield rpc.ListAllocatedExtentsResponse(extents=batch)
-    finally:
-        await pool.read.run(core.limits.call_timeout_s, reader.close)
 
 
 async def changed_extents(

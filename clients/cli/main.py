@@ -38,7 +38,8 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 
     asked = {argument for argument in arguments if not argument.startswith("-")}
     own = {"pools", "volumes", "snapshot", "doctor"}
-    every = not asked & (own | {"vm"} | set(entry_points(group="frostgate.commands").names))
+    files = {"mount", "umount", "ls", "cat", "find", "diff", "restore"}
+    every = not asked & (own | files | {"vm"} | set(entry_points(group="frostgate.commands").names))
     for entry in entry_points(group="frostgate.commands"):
         if every or entry.name in asked:
             app.command(entry.name)(entry.load())
@@ -49,6 +50,17 @@ def application(arguments: Sequence[str]) -> typer.Typer:
         from clients.cli import vm
 
         app.add_typer(vm.app, name="vm")
+    if every or asked & files:
+        from clients.cli import files as file_commands
+        from clients.cli import mount, restore
+
+        app.command()(mount.mount)
+        app.command()(mount.umount)
+        app.command()(restore.restore)
+        app.command()(file_commands.ls)
+        app.command()(file_commands.cat)
+        app.command()(file_commands.find)
+        app.command()(file_commands.diff)
     app.command()(doctor.doctor)
     return app
 

@@ -14,6 +14,10 @@ packages=(
   ceph-mon ceph-osd ceph-mgr ceph-common python3-rados python3-rbd
   # file systems under and inside guests
   xfsprogs e2fsprogs mount util-linux
+  # mounting snapshots; pyfuse3 is built from source
+  fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev libseccomp2
+  # what the tests of mounting make images with
+  ntfs-3g dosfstools mtools gdisk fdisk lvm2
   # building the guest's kernel and initramfs out of downloaded packages
   cpio kmod xz-utils
 )

@@ -1,0 +1,218 @@
+"""The user's side of the confined parser: starts it, asks it, starts it again when it died or did not answer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+
+from clients.blocks import Blocks
+from clients.files import wire
+
+ANSWER_TIMEOUT_S = 60.0
+_log = structlog.get_logger()
+
+
+class Parser:
+    """The file systems on some disks. One request at a time; a lock sees to it.
+
+    A parser that dies or hangs costs the request that it was at (OSError EIO); the next one meets a new parser.
+    """
+
+    def __init__(self, disks: Sequence[Blocks], passphrase: str | None = None) -> None:
+        """Take the disks; the process is started by the first request."""
+        self._disks = list(disks)
+        self._passphrase = passphrase
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._request = ""
+        self.lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process under way."""
+        return self._process.pid if self._process else None
+
+    def layout(self) -> list[wire.Tree]:
+        """Return everything on the disks. Raises OSError EIO when the parser died of it."""
+        return [wire.tree(values) for values in self.ask("layout")]
+
+    def root(self, tree: int) -> wire.Entry:
+        """Return a tree's root directory; `tree` is a position in layout(). Raises OSError."""
+        return _entry(self.ask("root", tree))
+
+    def find(self, tree: int, number: int, name: bytes) -> wire.Entry | None:
+        """Return the entry of a name in a directory, or None. Raises OSError."""
+        return found_entry(self.ask("find", tree, number, name))
+
+    def listing(self, tree: int, number: int, start: int) -> list[tuple[bytes, wire.Entry | None]]:
+        """Return some entries of a directory from a position on; none at its end. Raises OSError.
+
+        An entry that is damaged is None; the others are there nevertheless.
+        """
+        return listed(self.ask("listing", tree, number, start))
+
+    def entries(self, tree: int, number: int) -> Iterator[tuple[bytes, wire.Entry | None]]:
+        """Yield all entries of a directory. Raises OSError."""
+        start = 0
+        while some := self.listing(tree, number, start):
+            yield from some
+            start += len(some)
+
+    def read(self, tree: int, number: int, offset: int, length: int) -> bytes:
+        """Return bytes of a file, fewer only at its end. Raises OSError."""
+        parts = []
+        while length > 0:
+            part = self.ask("read", tree, number, offset, length)
+            if not isinstance(part, bytes) or not part:
+                break
+            part = part[:length]
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def link(self, tree: int, number: int) -> bytes:
+        """Return a symbolic link's target as the guest wrote it. Raises OSError."""
+        return bytes(self.ask("link", tree, number)).split(b"\0")[0]
+
+    def xattrs(self, tree: int, number: int) -> dict[bytes, bytes]:
+        """Return a file's extended attributes. Raises OSError."""
+        return {bytes(name): bytes(value) for name, value in self.ask("xattrs", tree, number)}
+
+    def data(self, tree: int, number: int) -> list[tuple[int, int]]:
+        """Return what is not a hole in a file as (offset, length). Raises OSError."""
+        return [(int(offset), int(length)) for offset, length in self.ask("data", tree, number)]
+
+    def ask(self, *request: Any) -> Any:
+        """Send a request and wait for its answer. Raises OSError."""
+        with self.lock:
+            self.begin(*request)
+            return self.finish()
+
+    def begin(self, *request: Any) -> socket.socket:
+        """Send a request; `lock` is held. What is returned can be waited for: finish() takes the answer from it.
+
+        Raises OSError.
+        """
+        self._request = str(request[0])
+        try:
+            control = self._control or self._start()
+            wire.send(control, list(request))
+        except wire.Closed as error:
+            raise self._died(error) from None
+        return control
+
+    def finish(self) -> Any:
+        """Take the answer to begin(); `lock` is still held. Raises OSError."""
+        if self._control is None:
+            raise self._died(wire.Closed("it was ended"))
+        try:
+            code, answer = wire.receive(self._control)
+        except (wire.Closed, TimeoutError, ValueError, TypeError) as error:
+            raise self._died(error) from None
+        if code:
+            raise OSError(code if isinstance(code, int) else errno.EIO, str(answer))
+        return answer
+
+    def abandon(self) -> None:
+        """End the process instead of finish(); `lock` is held."""
+        self._end()
+
+    def close(self) -> None:
+        """End the process; may be called twice."""
+        with self.lock:
+            self._end()
+
+    def _died(self, error: Exception) -> OSError:
+        self._end()
+        _log.error("parser_died", request=self._request, error=str(error) or type(error).__name__)
+        return OSError(errno.EIO, f"the parser of this file system died ({error})")
+
+    def _start(self) -> socket.socket:
+        control, theirs = socket.socketpair()
+        blocks, asking = socket.socketpair()
+        descriptors = [disk.descriptor() for disk in self._disks]
+        local = [descriptor for descriptor in descriptors if descriptor is not None]
+        command = [sys.executable, "-m", "clients.files.worker", str(theirs.fileno()), str(asking.fileno())]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), asking.fileno(), *local),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # no secrets in there, and nothing that would steer Python
+                env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            theirs.close()
+            asking.close()
+        control.settimeout(ANSWER_TIMEOUT_S)
+        threading.Thread(target=_serve_blocks, args=(blocks, self._disks), daemon=True).start()
+        self._control = control
+        disks = [
+            [disk.size_bytes, -1 if descriptor is None else descriptor]
+            for disk, descriptor in zip(self._disks, descriptors, strict=True)
+        ]
+        wire.send(control, [disks, self._passphrase])
+        return control
+
+    def _end(self) -> None:
+        if self._control:
+            self._control.close()
+            self._control = None
+        if self._process:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def _serve_blocks(asked: socket.socket, disks: Sequence[Blocks]) -> None:
+    """Answer a parser's requests for bytes until it is gone. Its numbers are not trusted."""
+    with asked:
+        try:
+            while True:
+                number, offset, length = wire.receive(asked)
+                if min(number, offset, length) < 0 or length > wire.FRAME_BYTES // 2:
+                    return
+                try:
+                    answer: bytes | str = disks[number].read(offset, length)
+                except OSError as error:
+                    answer = str(error)
+                wire.send(asked, answer)
+        except (wire.Closed, ValueError, TypeError, IndexError):
+            return
+
+
+def found_entry(values: Any) -> wire.Entry | None:
+    """Return the answer to "find". Raises OSError."""
+    return None if values is None else _entry(values)
+
+
+def listed(answer: Any) -> list[tuple[bytes, wire.Entry | None]]:
+    """Return the answer to "listing". Raises OSError."""
+    return [(_name(name), found_entry(found)) for name, found in answer]
+
+
+def _entry(values: Any) -> wire.Entry:
+    try:
+        return wire.entry(values)
+    except wire.Closed as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
+def _name(name: Any) -> bytes:
+    """Return a name that cannot lead out of its directory. Raises OSError."""
+    if not isinstance(name, bytes) or not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+        raise OSError(errno.EIO, "the parser gave an impossible name")
+    return name

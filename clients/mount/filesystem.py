@@ -1,0 +1,299 @@
+"""The FUSE file system: pyfuse3's requests answered from clients.mount.tree.
+
+Snapshots do not change, so that the kernel may keep what it was told. Storage and parsers are waited for in
+threads; reads of a local file that the page cache has are answered at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyfuse3
+import structlog
+import trio
+
+from clients.files.parser import ANSWER_TIMEOUT_S, found_entry, listed
+from clients.files.snapshot import FileTree
+from clients.mount.tree import FOREVER_S, Directory, Disk, Inode, Node, Text, child, confined, is_directory
+
+T = TypeVar("T")
+_BLOCK_BYTES = 512
+_log = structlog.get_logger()
+
+
+@dataclass
+class _Known:
+    """An inode that the kernel holds; `lookups` is how often it was told of it."""
+
+    node: Node
+    key: object
+    lookups: int = 0
+    entries: Mapping[bytes, Node] | None = None
+    read_at: float = 0.0
+
+
+@dataclass
+class _OpenDirectory:
+    """A directory being read."""
+
+    inode: int
+    names: list[bytes] = field(default_factory=list)
+    entries: Mapping[bytes, Node] = field(default_factory=dict)
+
+
+class SnapshotFilesystem(pyfuse3.Operations):
+    """A read-only file system below one Directory."""
+
+    def __init__(self, root: Directory) -> None:
+        """Take the root."""
+        super().__init__()
+        self._known: dict[int, _Known] = {pyfuse3.ROOT_INODE: _Known(root, "root", lookups=1)}
+        self._numbers: dict[object, int] = {"root": pyfuse3.ROOT_INODE}
+        self._next = pyfuse3.ROOT_INODE + 1
+        self._directories: dict[int, _OpenDirectory] = {}
+        self._next_handle = 1
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        """Find a name in a directory."""
+        if name == b".":
+            return await self.getattr(parent_inode)
+        node = self._node(parent_inode)
+        if isinstance(node, Inode):
+            tree = node.tree
+            found = found_entry(await _ask(tree, "find", node.entry.id, name))
+            there: Node | None = None if found is None else child(node, found)
+        else:
+            there = (await self._entries(parent_inode)).get(name)
+        if there is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        number = self._number(parent_inode, name, there)
+        self._known[number].lookups += 1
+        return await _attributes(number, there)
+
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        """Tell an inode's attributes."""
+        return await _attributes(inode, self._node(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Let go of what the kernel does not hold any more."""
+        for inode, count in inode_list:
+            known = self._known.get(inode)
+            if known is None:
+                continue
+            known.lookups -= count
+            if known.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
+                del self._known[inode]
+                self._numbers.pop(known.key, None)
+
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        """Begin reading a directory."""
+        if not is_directory(self._node(inode)):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        handle = self._next_handle
+        self._next_handle += 1
+        self._directories[handle] = _OpenDirectory(inode)
+        return handle
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Tell entries from a position on, with their attributes."""
+        reading = self._directories[fh]
+        node = self._node(reading.inode)
+        position = start_id
+        if isinstance(node, Inode):
+            tree = node.tree
+            for name, found in listed(await _ask(tree, "listing", node.entry.id, position)):
+                position += 1
+                if found is None:
+                    _log.warning("entry_damaged", name=os.fsdecode(name))
+                elif not await self._reply(token, reading.inode, name, child(node, found), position):
+                    return
+            return
+        if start_id == 0:
+            reading.entries = await self._entries(reading.inode)
+            reading.names = sorted(reading.entries)
+        for name in reading.names[start_id:]:
+            position += 1
+            if not await self._reply(token, reading.inode, name, reading.entries[name], position):
+                return
+
+    async def _reply(self, token: pyfuse3.ReaddirToken, parent: int, name: bytes, node: Node, position: int) -> bool:
+        number = self._number(parent, name, node)
+        if not pyfuse3.readdir_reply(token, name, await _attributes(number, node, exact=False), position):
+            if not self._known[number].lookups:
+                self._numbers.pop(self._known.pop(number).key, None)
+            return False
+        self._known[number].lookups += 1
+        return True
+
+    async def releasedir(self, fh: int) -> None:
+        """End reading a directory."""
+        self._directories.pop(fh, None)
+
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        """Open for reading."""
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read."""
+        node = self._node(fh)
+        if isinstance(node, Text):
+            return node.content[off : off + size]
+        if isinstance(node, Disk):
+            disk = node.blocks
+            descriptor = disk.descriptor()
+            if descriptor is not None:
+                content = _at_once(descriptor, off, min(size, disk.size_bytes - off))
+                if content is not None:
+                    return content
+            return await _wait(lambda: disk.read(off, size))
+        if isinstance(node, Inode):
+            part: bytes = await _ask(node.tree, "read", node.entry.id, off, size)
+            return part[:size]
+        raise pyfuse3.FUSEError(errno.EISDIR)
+
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        """Tell where a link points, within its tree."""
+        node = self._node(inode)
+        if not isinstance(node, Inode):
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        target: bytes = await _ask(node.tree, "link", node.entry.id)
+        return confined(target.split(b"\0")[0], node.depth)
+
+    async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
+        """Tell the names of the extended attributes."""
+        return list(await self._xattrs(inode))
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        """Tell one extended attribute. Those by which the kernel would give rights are told, and nosuid voids them."""
+        found = (await self._xattrs(inode)).get(name)
+        if found is None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return found
+
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        """Tell the sizes of the disks."""
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_namemax = 255
+        return answer
+
+    async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
+        node = self._node(inode)
+        if not isinstance(node, Inode):
+            return {}
+        return dict(await _ask(node.tree, "xattrs", node.entry.id))
+
+    async def _entries(self, inode: int) -> Mapping[bytes, Node]:
+        known = self._known[inode]
+        node = known.node
+        if not isinstance(node, Directory):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        if known.entries is None or time.monotonic() > known.read_at + node.valid_s:
+            known.entries = await _wait(node.list)
+            known.read_at = time.monotonic()
+        return known.entries
+
+    def _node(self, inode: int) -> Node:
+        try:
+            return self._known[inode].node
+        except KeyError:
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
+
+    def _number(self, parent: int, name: bytes, node: Node) -> int:
+        """Return a node's inode number: hard links share one; symbolic links, whose targets depend on it, do not."""
+        key: object = (parent, name)
+        if isinstance(node, Inode):
+            shared = not stat.S_ISLNK(node.entry.mode)
+            key = (id(node.tree), node.entry.id) if shared else (id(node.tree), node.entry.id, node.parent)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._next
+            self._next += 1
+            self._numbers[key] = number
+            self._known[number] = _Known(node, key)
+        return number
+
+
+def _at_once(descriptor: int, offset: int, length: int) -> bytes | None:
+    """Return bytes that the page cache has, or None when they must be waited for. Source: preadv2(2), RWF_NOWAIT."""
+    content = bytearray(max(0, length))
+    try:
+        if os.preadv(descriptor, [content], offset, os.RWF_NOWAIT) == len(content):
+            return bytes(content)
+    except OSError:
+        pass  # not in the cache, or a file system that cannot tell
+    return None
+
+
+async def _ask(tree: FileTree, call: str, *arguments: Any) -> Any:
+    """Ask a parser without a thread in between: what `find` and `tar` do thousands of times. Raises FUSEError."""
+    parser = tree.parser
+    if not parser.lock.acquire(blocking=False):
+        await trio.to_thread.run_sync(parser.lock.acquire)
+    try:
+        control = parser.begin(call, tree.number, *arguments)
+        answered = False
+        try:
+            with trio.move_on_after(ANSWER_TIMEOUT_S):
+                await trio.lowlevel.wait_readable(control)
+                answered = True
+        finally:
+            if not answered:
+                parser.abandon()
+        return parser.finish()
+    except OSError as error:
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+    finally:
+        parser.lock.release()
+
+
+async def _wait(work: Callable[[], T]) -> T:
+    """Do what may block in a thread; its errors become FUSE's. Raises FUSEError."""
+    try:
+        return await trio.to_thread.run_sync(work)
+    except OSError as error:
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+
+
+async def _attributes(number: int, node: Node, *, exact: bool = True) -> pyfuse3.EntryAttributes:
+    answer = pyfuse3.EntryAttributes()
+    answer.st_ino = number
+    answer.attr_timeout = answer.entry_timeout = FOREVER_S
+    answer.st_blksize = 65536
+    answer.st_uid = answer.st_gid = 0
+    if isinstance(node, Inode):
+        entry = node.entry
+        answer.st_mode, answer.st_nlink = entry.mode, entry.links
+        answer.st_uid, answer.st_gid = entry.uid, entry.gid
+        answer.st_size = max(0, entry.size_bytes)
+        answer.st_blocks = -(-entry.allocated_bytes // _BLOCK_BYTES)
+        answer.st_rdev = os.makedev(*entry.device)
+        answer.st_mtime_ns, answer.st_atime_ns, answer.st_ctime_ns = entry.mtime_ns, entry.atime_ns, entry.ctime_ns
+        return answer
+    answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = node.time_ns
+    answer.st_nlink = 1
+    answer.st_mode = stat.S_IFREG | 0o444
+    if isinstance(node, Directory):
+        answer.st_mode = stat.S_IFDIR | 0o555
+        answer.st_nlink = 2
+        answer.attr_timeout = answer.entry_timeout = node.valid_s
+    elif isinstance(node, Text):
+        answer.st_size = len(node.content)
+        answer.st_blocks = -(-len(node.content) // _BLOCK_BYTES)
+    else:
+        disk = node.blocks
+        answer.st_mode = stat.S_IFREG | 0o400
+        answer.st_size = disk.size_bytes
+        allocated = await _wait(disk.allocated_bytes) if exact else disk.size_bytes
+        answer.st_blocks = -(-allocated // _BLOCK_BYTES)
+        if not exact:
+            answer.attr_timeout = 0
+    return answer

@@ -1,0 +1,1 @@
+"""Bringing files back out of snapshots."""

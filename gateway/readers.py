@@ -1,0 +1,78 @@
+"""Members kept open between reads: opening one may start a qemu-nbd or open an image in a cluster.
+
+A reader is lent to one call at a time. It comes back only from calls that ended well, is closed when nobody wanted
+it for IDLE_S, and before its snapshot is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from gateway.pools import Pool
+from providers.base import BlockReader
+
+IDLE_S = 5.0
+_MOST_IDLE = 32
+
+Key = tuple[str, str, str]
+
+
+@dataclass
+class _Idle:
+    """A reader nobody uses, and what will close it."""
+
+    pool: Pool
+    reader: BlockReader
+    closing: asyncio.TimerHandle
+
+
+@dataclass
+class Readers:
+    """The idle readers of a gateway. All of it belongs to the event loop."""
+
+    timeout_s: float
+    _idle: dict[Key, list[_Idle]] = field(default_factory=dict)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @asynccontextmanager
+    async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[BlockReader]:
+        """Give a reader of a member. Raises what the provider's open() raises."""
+        key = (pool.name, group_id, volume)
+        waiting = self._idle.get(key)
+        if waiting:
+            idle = waiting.pop()
+            idle.closing.cancel()
+            reader = idle.reader
+        else:
+            reader = await pool.ask(lambda: pool.provider.open(group_id, volume))
+        try:
+            yield reader
+        except BaseException:
+            # a thread may still be in there, or the storage is away: not for the next one
+            await pool.read.run(self.timeout_s, reader.close)
+            raise
+        if sum(map(len, self._idle.values())) >= _MOST_IDLE:
+            await pool.read.run(self.timeout_s, reader.close)
+            return
+        closing = asyncio.get_running_loop().call_later(IDLE_S, self._expired, key, reader)
+        self._idle.setdefault(key, []).append(_Idle(pool, reader, closing))
+
+    async def forget(self, group_id: str | None = None) -> None:
+        """Close the idle readers of a group snapshot, or all."""
+        for key in [key for key in self._idle if group_id in (None, key[1])]:
+            for idle in self._idle.pop(key, []):
+                idle.closing.cancel()
+                await idle.pool.read.run(self.timeout_s, idle.reader.close)
+
+    def _expired(self, key: Key, reader: BlockReader) -> None:
+        left = self._idle.get(key, [])
+        for idle in [idle for idle in left if idle.reader is reader]:
+            left.remove(idle)
+            task = asyncio.get_running_loop().create_task(idle.pool.read.run(self.timeout_s, reader.close))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        if not left:
+            self._idle.pop(key, None)
