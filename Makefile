@@ -6,6 +6,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.complete
 PYTEST_ARGS ?=
+# Each of pytest's workers has a lab of its own. More of them than cores makes tests that wait for guests time out.
+WORKERS ?= 2
 
 .PHONY: help setup demo test bench lint proto image clean lab-down
 
@@ -29,7 +31,7 @@ demo: setup ## Snapshot a real running VM, let it damage a file, revert, and see
 	@$(BIN)/python -m tests.lab.demo
 
 test: setup ## Run every test, with real libvirt, real guests, real file systems and a real one-node Ceph.
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 bench: setup ## Measure: freeze windows (files, Ceph), reverts, size independence, the gateway's own cost; each beside its peer.
 	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done

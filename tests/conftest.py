@@ -1,4 +1,4 @@
-"""One hypervisor, one XFS pool and one running guest with two disks, for each module that asks."""
+"""One hypervisor, one XFS pool and one running guest with two disks, for each module that asks; pytest's workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,16 @@ from tests.lab.filesystems import mount_filesystem
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.machine import Disk, Machine
 from tests.rbd_cloud import RbdCloud, rbd_cloud
+from tests.workers import ByRealParts
 
 MIB = 1 << 20
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log):  # type: ignore[no-untyped-def]
+    """How `--numprocesses` shares out the tests."""
+    from tests.conformance.conftest import STORAGES
+
+    return ByRealParts(config, log, STORAGES)
 
 
 @dataclass(frozen=True)

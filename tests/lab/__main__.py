@@ -32,22 +32,23 @@ def up(state_dir: Path) -> int:
 
 
 def down(state_dir: Path) -> int:
-    """Remove everything; 1 and a list when something resists."""
-    left = leftovers.remove(state_dir)
+    """Remove everything, also of pytest's workers; 1 and a list when something resists."""
+    left = [thing for found in state.all_state_dirs(state_dir) for thing in leftovers.remove(found)]
     for thing in left:
         print(f"lab: could not remove {thing}", file=sys.stderr)
     return 1 if left else 0
 
 
 def status(state_dir: Path) -> int:
-    """Say what is there."""
-    for pid in leftovers.processes(state_dir):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        print(f"process {pid} {command[:100]}")
-    for point in leftovers.mounts(state_dir):
-        print(f"mount {point}")
-    for device in leftovers.loop_devices(state_dir):
-        print(f"loop {device}")
+    """Say what is there, also of pytest's workers."""
+    for found in state.all_state_dirs(state_dir):
+        for pid in leftovers.processes(found):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            print(f"process {pid} {command[:100]}")
+        for point in leftovers.mounts(found):
+            print(f"mount {point}")
+        for device in leftovers.loop_devices(found):
+            print(f"loop {device}")
     return 0
 
 

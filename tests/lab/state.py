@@ -11,7 +11,10 @@ import subprocess
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_STATE_DIR = Path(os.environ.get("FROSTGATE_LAB_STATE", "/run/frostgate-lab"))
+LAB_STATE_DIR = Path(os.environ.get("FROSTGATE_LAB_STATE", "/run/frostgate-lab"))
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+DEFAULT_STATE_DIR = LAB_STATE_DIR.with_name(f"{LAB_STATE_DIR.name}-{_WORKER}") if _WORKER else LAB_STATE_DIR
+"""Each of pytest's workers has a lab of its own."""
 OWNER_VARIABLE = "FROSTGATE_LAB_OWNER"
 BUILD_DIR = Path(os.environ.get("FROSTGATE_LAB_BUILD", REPOSITORY / ".lab"))
 """What outlives a run: the guest image, downloaded packages, libvirt's knowledge of this QEMU."""
@@ -34,6 +37,11 @@ def prepare(state_dir: Path = DEFAULT_STATE_DIR) -> Path:
         subprocess.run(["mount", "--bind", state_dir, state_dir], check=True)
         subprocess.run(["mount", "--make-shared", state_dir], check=True)
     return state_dir
+
+
+def all_state_dirs(state_dir: Path = LAB_STATE_DIR) -> list[Path]:
+    """A lab's state directory and those of pytest's workers beside it, as far as they are there."""
+    return [found for found in [state_dir, *sorted(state_dir.parent.glob(f"{state_dir.name}-gw*"))] if found.exists()]
 
 
 def release(state_dir: Path = DEFAULT_STATE_DIR) -> None:
