@@ -86,6 +86,12 @@ class SnapshotNotFound(ProviderError):
     reason = "SNAPSHOT_DAMAGED"
 
 
+class SnapshotDamaged(ProviderError):
+    """What the storage has of a snapshot is not what it was: changed, or unreadable for good."""
+
+    reason = "SNAPSHOT_DAMAGED"
+
+
 class SnapshotExists(ProviderError):
     """The storage has a finished snapshot of that id, of which the journal does not know. It stays untouched."""
 

@@ -1,10 +1,9 @@
-"""Reading a member's bytes as the guest saw them, from raw files directly and from qcow2 through qemu-nbd."""
+"""Reading a member's bytes as the guest saw them, from raw files directly and from all others through qemu-nbd."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 import time
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from providers.base import BlockReader, CapabilityMissing, Extent, PoolUnavailable
-from providers.nfs import copying
+from providers.nfs import copying, qemu
 
-_START_TIMEOUT_S = 10.0
-_EXTERNAL_DATA_FILE = 4
+_START_TIMEOUT_S = 20.0
 _EXTENTS_BYTES = 1024 * 1024 * 1024
 
 
@@ -49,60 +47,44 @@ class RawReader(BlockReader):
             self._descriptor = -1
 
 
-class Qcow2Reader(BlockReader):
-    """A qcow2 image, served by a qemu-nbd of our own on a private socket; it dies with us."""
+class ImageReader(BlockReader):
+    """An image with all that lies below it, served by a qemu-nbd of our own on a private socket; it dies with us."""
 
-    def __init__(self, image: Path) -> None:
-        """Start it. Raises CapabilityMissing (refers to other files; no qemu-nbd or libnbd), PoolUnavailable."""
+    def __init__(self, chain: qemu.Chain) -> None:
+        """Start it; the chain's descriptors can be closed afterwards.
+
+        Raises CapabilityMissing (encrypted; no qemu-nbd or libnbd), SnapshotDamaged, PoolUnavailable.
+        """
         self._nbd: Any = None
         self._server: subprocess.Popen[bytes] | None = None
-        self._directory = ""
         nbd = _libnbd()
-        check_self_contained(image)
-        if shutil.which("qemu-nbd") is None:
-            raise CapabilityMissing("reading qcow2 needs qemu-nbd (Debian: qemu-utils)")
         self._directory = tempfile.mkdtemp(prefix="frostgate-read-")
         try:
-            self._start(nbd, image)
+            self._start(nbd, chain)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, nbd: Any, image: Path) -> None:
+    def _start(self, nbd: Any, chain: qemu.Chain) -> None:
         socket = f"{self._directory}/nbd.sock"
-        # setpriv, not preexec_fn: running Python between fork and exec is not safe beside gRPC's threads
-        command = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "qemu-nbd",
-            "--read-only",
-            "--persistent",
-            "--format=qcow2",
-            "--shared=1",
-            "--socket",
-            socket,
-        ]
-        try:
-            self._server = subprocess.Popen(
-                [*command, str(image)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-        except FileNotFoundError:
-            raise CapabilityMissing("reading qcow2 needs setpriv (Debian: util-linux)") from None
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not Path(socket).exists():
-            if self._server.poll() is not None:
-                said = self._server.stderr.read().decode(errors="replace") if self._server.stderr else ""
-                raise PoolUnavailable(f"qemu-nbd cannot open the snapshot: {said.strip()[:500]}")
-            if time.monotonic() > deadline:
-                raise PoolUnavailable("qemu-nbd does not start")
-            time.sleep(0.01)
+        words = ["--read-only", "--persistent", "--shared=1", "--socket", socket, qemu.source(chain)]
+        with tempfile.TemporaryFile() as said:
+            descriptors = qemu.descriptors_of(chain)
+            self._server = qemu.start("qemu-nbd", words, descriptors, stdout=subprocess.DEVNULL, stderr=said)
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            while not Path(socket).exists():
+                if self._server.poll() is not None:
+                    said.seek(0)
+                    raise qemu.failure("qemu-nbd", said.read(65536).decode(errors="replace"))
+                if time.monotonic() > deadline:
+                    raise PoolUnavailable("qemu-nbd does not start")
+                time.sleep(0.01)
         self._nbd = nbd.NBD()
         self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-        self._nbd.connect_unix(socket)
+        try:
+            self._nbd.connect_unix(socket)
+        except nbd.Error as error:
+            raise PoolUnavailable(f"qemu-nbd: {error}") from error
         self.size_bytes = self._nbd.get_size()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -140,28 +122,10 @@ class Qcow2Reader(BlockReader):
         if self._server:
             self._server.kill()
             self._server.wait()
-            if self._server.stderr:
-                self._server.stderr.close()
             self._server = None
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = ""
-
-
-def check_self_contained(image: Path) -> None:
-    """Raise CapabilityMissing when a qcow2 image refers to other files.
-
-    Backing files are not part of the snapshot: they may have changed since. And who wrote the image chose their
-    names: QEMU would follow them anywhere. Only the header is read. Source: QEMU docs/interop/qcow2.txt.
-    """
-    with image.open("rb") as file:
-        header = file.read(104).ljust(104, b"\0")
-    version, backing_offset = struct.unpack_from(">IQ", header, 4)
-    incompatible = struct.unpack_from(">Q", header, 72)[0] if version >= 3 else 0
-    if backing_offset or incompatible & _EXTERNAL_DATA_FILE:
-        raise CapabilityMissing(
-            "this qcow2 image has a backing or data file; only self-contained ones can be read through the gateway"
-        )
 
 
 def _libnbd() -> Any:
@@ -170,3 +134,10 @@ def _libnbd() -> Any:
     except ImportError:
         raise CapabilityMissing("reading qcow2 needs libnbd's Python binding (Debian: python3-libnbd)") from None
     return nbd
+
+
+def reader(chain: qemu.Chain) -> BlockReader:
+    """Return a reader of a chain, whose descriptors can be closed afterwards. Raises as ImageReader."""
+    if [image.format for image in chain] == ["raw"]:
+        return RawReader(os.dup(chain[0].descriptor))
+    return ImageReader(chain)

@@ -7,16 +7,13 @@ guest could write a qcow2 header into its raw disk and read any file of the host
 from __future__ import annotations
 
 import os
-import struct
 from typing import Literal, TypeAlias, get_args
 
 from providers.base import InvalidName
+from providers.nfs import qcow2
 
 Format: TypeAlias = Literal["raw", "qcow2"]
 FORMATS: tuple[str, ...] = get_args(Format)
-
-_QCOW2_MAGIC = b"QFI\xfb"
-_QCOW2_SIZE_OFFSET = 24
 
 
 def format_of(name: str, asked: str | None, default: Format) -> str:
@@ -32,12 +29,8 @@ def format_of(name: str, asked: str | None, default: Format) -> str:
 def virtual_size(descriptor: int, name: str, image_format: str) -> int:
     """Return the size that the guest sees, in bytes.
 
-    Raises InvalidName when a file that should be qcow2 is not. Source: QEMU docs/interop/qcow2.txt, header.
+    Raises InvalidName when a file that should be qcow2 is not, CapabilityMissing when its data lie elsewhere.
     """
     if image_format == "raw":
         return os.fstat(descriptor).st_size
-    header = os.pread(descriptor, 32, 0)
-    if len(header) < 32 or not header.startswith(_QCOW2_MAGIC):
-        raise InvalidName(f"volume {name} should be qcow2 but is not; say its format", volume=name)
-    size: int = struct.unpack_from(">Q", header, _QCOW2_SIZE_OFFSET)[0]
-    return size
+    return qcow2.header(descriptor, name).size_bytes

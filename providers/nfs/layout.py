@@ -3,6 +3,7 @@
     <root>/.frostgate/<group>/<volume>          a member
     <root>/.frostgate/<group>/.manifest.json    written last, atomically: no manifest, no snapshot
     <root>/.frostgate/<group>/.cut.json         what was cut, from the cut to the manifest
+    <root>/.frostgate/<group>/.backing/<n>      a file that members have below their own
     <root>/.frostgate/<group>/.revert/<volume>  staged, before it is renamed over the volume
 
 A volume's name never begins with a dot, so nothing of these can be one.
@@ -28,6 +29,7 @@ from providers.nfs.beneath import directory, open_beneath
 SNAPSHOTS = ".frostgate"
 MANIFEST = ".manifest.json"
 CUT = ".cut.json"
+BACKING = ".backing"
 REVERT = ".revert"
 _MAX_BYTES = 16 * 1024 * 1024
 
@@ -59,8 +61,26 @@ class Attributes(BaseModel):
             os.setxattr(descriptor, name, bytes.fromhex(value))
 
 
+class StoredBacking(BaseModel):
+    """A file below a member's own, kept in the group's directory as BACKING/<kept>; it never changes.
+
+    `path` is where the volume's header expects it, beneath the root; "" when only the snapshot needs it.
+    `file_bytes` and `mtime_ns` tell whether it is what it was.
+    """
+
+    kept: str
+    format: str
+    path: str = ""
+    file_bytes: int
+    mtime_ns: int
+
+
 class StoredMember(BaseModel):
-    """One member as the manifest has it. `mtime_ns` is the volume's at the cut."""
+    """One member as the manifest has it. `mtime_ns` is the volume's at the cut.
+
+    `format` is the volume's; `image_format` that of the member's own file where it is another. `backing` is what
+    lies below that file, from the top down: the member's bytes are those of the whole chain.
+    """
 
     volume: str
     size_bytes: int
@@ -69,6 +89,13 @@ class StoredMember(BaseModel):
     attributes: Attributes
     file_bytes: int = 0
     mtime_ns: int = 0
+    image_format: str = ""
+    backing: list[StoredBacking] = []
+
+    @property
+    def stored_format(self) -> str:
+        """The format of the member's own file."""
+        return self.image_format or self.format
 
 
 class Cut(BaseModel):

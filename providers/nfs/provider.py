@@ -36,9 +36,8 @@ from providers.base import (
     VolumeChanged,
     VolumeNotFound,
 )
-from providers.nfs import copying, imagelock, layout, reservation, reverting
-from providers.nfs.beneath import check_name, directory, is_volume_name, open_beneath, open_volume, storage_errors
-from providers.nfs.blocks import Qcow2Reader, RawReader
+from providers.nfs import blocks, chains, copying, imagelock, layout, reservation, reverting
+from providers.nfs.beneath import check_name, directory, is_volume_name, open_volume, storage_errors
 from providers.nfs.images import Format, format_of, virtual_size
 
 log = structlog.get_logger()
@@ -161,7 +160,10 @@ class NfsProvider(Provider):
             self._refuse_stored(root, spec.group)
             self._forget(spec.group)
             try:
-                reserved = reservation.reserve(root, spec, self._options.default_format, cloning=self._clones(root))
+                mounts = (self._root, *self._options.hypervisor_paths)
+                reserved = reservation.reserve(
+                    root, spec, self._options.default_format, mounts, cloning=self._clones(root)
+                )
             except BaseException:
                 layout.remove_group(root, spec.group)
                 raise
@@ -267,20 +269,11 @@ class NfsProvider(Provider):
         """See Provider."""
         with self._opened() as root:
             member = layout.manifest(root, group).member(volume)
-            path = self._root / layout.group_path(group) / volume
             with layout.group_directory(root, group) as group_fd:
                 if group_fd is None:
                     raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
-                try:
-                    descriptor = open_beneath(group_fd, volume, os.O_RDONLY)
-                except FileNotFoundError:
-                    raise SnapshotNotFound(
-                        f"the file of {volume} in snapshot {group} is missing", group=group, volume=volume
-                    ) from None
-            if member.format == "raw":
-                return RawReader(descriptor)
-            os.close(descriptor)
-            return Qcow2Reader(path)
+                with chains.member(group_fd, member) as chain:
+                    return blocks.reader(chain)
 
     def snapshots(self) -> Iterator[StoredGroup]:
         """See Provider. A manifest that cannot be read is left out, with a warning."""

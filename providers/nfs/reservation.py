@@ -13,10 +13,11 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged
-from providers.nfs import copying, imagelock, layout
+from providers.nfs import chains, copying, imagelock, layout, qcow2
 from providers.nfs.beneath import directory, open_beneath, open_volume
 from providers.nfs.images import Format, format_of, virtual_size
 
@@ -25,11 +26,12 @@ Mode: TypeAlias = Literal["clone", "copy", "copy-inside"]
 
 @dataclass
 class Part:
-    """One volume of a reservation and its member file, both open."""
+    """One volume of a reservation and its member file, both open. `header` is a qcow2 volume's at prepare."""
 
     stored: layout.StoredMember
     source: int
     target: int
+    header: qcow2.Header | None = None
 
     def close(self) -> None:
         """Close both; ends the lock on the volume."""
@@ -59,11 +61,13 @@ class Reservation:
         self.parts = []
 
 
-def reserve(root_fd: int, spec: GroupSpec, default_format: Format, *, cloning: bool) -> Reservation:
-    """Open every volume and make its member file.
+def reserve(
+    root_fd: int, spec: GroupSpec, default_format: Format, mounts: Sequence[Path], *, cloning: bool
+) -> Reservation:
+    """Open every volume, make its member file and keep its backing files.
 
-    The caller removes the group's directory when this raises: VolumeNotFound, VolumeInUse, InvalidName, PoolFull,
-    OSError.
+    `mounts` are the paths under which hypervisors and we see the root. The caller removes the group's directory when
+    this raises: VolumeNotFound, VolumeInUse, InvalidName, CapabilityMissing, PoolFull, OSError.
     """
     reservation: Reservation | None = None
     sources: list[int] = []
@@ -83,7 +87,12 @@ def reserve(root_fd: int, spec: GroupSpec, default_format: Format, *, cloning: b
         for member, source in zip(stored, sources, strict=True):
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             target = open_beneath(reservation.directory, member.volume, flags, 0o600)
-            reservation.parts.append(Part(member, source, target))
+            part = Part(member, source, target)
+            reservation.parts.append(part)
+            if member.format == "qcow2":
+                part.header = qcow2.header(source, member.volume)
+                with chains.opened(root_fd, member.volume, source, mounts) as backing:
+                    member.backing = chains.keep(reservation.directory, backing, cloning=cloning)
     except BaseException:
         for descriptor in sources:
             with suppress(OSError):
@@ -147,8 +156,9 @@ def cut(reservation: Reservation, executor: Executor) -> None:
         for done in [executor.submit(_cut_part, part) for part in parts]:
             done.result()
     for part in parts:
-        status = os.fstat(part.source)
-        part.stored.file_bytes, part.stored.mtime_ns = status.st_size, status.st_mtime_ns
+        # a clone's own size: a qcow2 volume may have grown since
+        part.stored.file_bytes = os.fstat(part.target if part.stored.mode == "clone" else part.source).st_size
+        part.stored.mtime_ns = os.fstat(part.source).st_mtime_ns
     cut_record = layout.Cut(members=[part.stored for part in parts])
     layout.write(reservation.directory, layout.CUT, cut_record, durable=False)
     reservation.was_cut = True
@@ -170,8 +180,21 @@ def _check_same_file(root_fd: int, part: Part) -> None:
     opened = os.fstat(part.source)
     if (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino):
         raise VolumeChanged(f"volume {volume} was replaced by another file since it was prepared", volume=volume)
-    if part.stored.format == "raw" and opened.st_size != part.stored.file_bytes:
+    if part.stored.format == "raw":
+        if opened.st_size != part.stored.file_bytes:
+            raise VolumeChanged(f"volume {volume} was resized since it was prepared", volume=volume)
+    else:
+        _check_header(part, part.source)
+
+
+def _check_header(part: Part, descriptor: int) -> None:
+    """Raise VolumeChanged when a qcow2 image has another size or backing file than at prepare."""
+    volume = part.stored.volume
+    now, then = qcow2.header(descriptor, volume), part.header
+    if then and now.size_bytes != then.size_bytes:
         raise VolumeChanged(f"volume {volume} was resized since it was prepared", volume=volume)
+    if then and now != then:
+        raise VolumeChanged(f"volume {volume} has another backing file since it was prepared", volume=volume)
 
 
 def reopen(root_fd: int, group: str) -> Reservation:
@@ -241,6 +264,9 @@ def settle(reservation: Reservation, cut_time: datetime, record: str, progress: 
     for part in reservation.parts:
         os.fchmod(part.target, 0o400)
         os.fsync(part.target)
+        if part.stored.format == "qcow2":
+            _check_header(part, part.target)
+        chains.settle(reservation.directory, part.stored)
         part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.format)
     with directory(layout.SNAPSHOTS, reservation.root) as snapshots_fd:
         os.fsync(snapshots_fd)

@@ -77,18 +77,6 @@ def test_a_qcow2_member_reads_as_the_guest_saw_it(bench: Bench, tmp_path: Path) 
     assert extents == [(3 * MIB, 2 * MIB), (40 * MIB, 65536)]
 
 
-@FILES
-def test_a_qcow2_image_with_a_backing_file_is_not_followed(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"s" * MIB)
-    volume, group = bench.volume(image_format="qcow2"), bench.id()
-    path = bench.storage.source(volume)["file"]
-    backing = ["-F", "raw", "-b", tmp_path / "secret"]
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, path, "1M"], check=True)
-    bench.take(group, volume)
-    with refused("CAPABILITY_MISSING"):
-        bench.read(group, volume)
-
-
 def test_a_raw_disk_that_looks_like_qcow2_is_read_as_raw(bench: Bench, tmp_path: Path) -> None:
     """The guest writes its disk: a qcow2 header in it must not make anybody follow it."""
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "trap", "1G"], check=True)
