@@ -70,6 +70,7 @@ class Item(Record):
     tags: dict[str, str] = field(default_factory=dict)
     origin: str = ""
     origin_number: int = 0
+    automatic_name: bool = False
     bound: bool = False
     delete_at: int = 0
     deleted_at: float | None = None
@@ -122,6 +123,38 @@ class Template(Record):
 
 
 @dataclass(frozen=True)
+class PlacementGroup(Record):
+    """Disks under a name."""
+
+    name: str
+    number: int
+    disks: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The name."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Disk(Record):
+    """A disk of a server, and what was asked of it; times are Unix timestamps, 0 for not."""
+
+    number: int
+    server: int
+    ssd: bool
+    description: str = ""
+    soft_eject: str = "off"
+    scrubbing_since: int = 0
+    paused_at: int = 0
+
+    @property
+    def key(self) -> str:
+        """The number."""
+        return str(self.number)
+
+
+@dataclass(frozen=True)
 class Bucket(Record):
     """A bucket of the key-value store."""
 
@@ -146,6 +179,25 @@ class Counters(Record):
     def key(self) -> str:
         """There is one."""
         return ""
+
+
+SERVERS = (1, 2, 3)
+
+
+def first_records(template: str) -> list[Record]:
+    """Return what a new cluster has: disks, placement groups for both kinds and all of them, a template."""
+    disks = [Disk(server * 100 + kind, server, ssd=kind == 2) for server in SERVERS for kind in (1, 2)]
+    members = {
+        "default": disks,
+        "hdd": [disk for disk in disks if not disk.ssd],
+        "ssd": [disk for disk in disks if disk.ssd],
+    }
+    groups = [
+        PlacementGroup(name, number, tuple(disk.number for disk in found))
+        for number, (name, found) in enumerate(members.items(), start=1)
+    ]
+    policy = Policy(template, replication=3, place_all="hdd", place_tail="ssd", place_head="hdd")
+    return [*disks, *groups, Template(template, 1, policy)]
 
 
 class Catalog:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,25 +23,36 @@ from frostgate_storpool_sim.catalog import (
     Bucket,
     Catalog,
     Counters,
+    Disk,
     Item,
     LayerRecord,
-    Policy,
+    PlacementGroup,
     Record,
     Template,
+    first_records,
 )
 from frostgate_storpool_sim.errors import Refused, busy, exists, missing
 from frostgate_storpool_sim.layers import Layer, LayerStore
 
 R = TypeVar("R", bound=Record)
+_KINDS: tuple[type[Record], ...] = (
+    Item,
+    Attachment,
+    Template,
+    PlacementGroup,
+    Disk,
+    Bucket,
+    LayerRecord,
+    Counters,
+)
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_MERGED_CHUNKS = 256
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a cluster is made with. `cluster_id` is "location.subcluster"; `client` is this host's id.
 
-    `deletion_s` is how long a deleted snapshot is listed as such.
+    `deletion_s` is how long a deleted snapshot is listed as such; `known` has names and ids of other clusters.
     """
 
     name: str
@@ -51,6 +62,7 @@ class Settings:
     template: str
     capacity_bytes: int
     deletion_s: float = 0.0
+    known: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,8 @@ class Device:
 class Host(Protocol):
     """The machine on which the cluster's own client runs: devices.Devices."""
 
-    def show(self, devices: Sequence[Device]) -> None:
-        """Let exactly these devices be there. Repeatable."""
+    def show(self, cluster_id: str, devices: Sequence[Device]) -> None:
+        """Let exactly these devices of a cluster be there. Repeatable. Raises OSError."""
 
     def is_open(self, global_id: str) -> bool:
         """Whether a program has a device open."""
@@ -87,9 +99,7 @@ class Cluster:
         self.bytes_lock = threading.Lock()
         self.started = int(time.time())
         self._catalog = Catalog(directory / "catalog.db")
-        self._tables: dict[type[Record], dict[str, Record]] = {
-            kind: dict(self._catalog.load(kind)) for kind in (Item, Attachment, Template, Bucket, LayerRecord, Counters)
-        }
+        self._tables: dict[type[Record], dict[str, Record]] = {kind: dict(self._catalog.load(kind)) for kind in _KINDS}
         counters = self.table(Counters).get("", Counters())
         self.generation, self._number = counters.generation, counters.number
         self.layers = LayerStore(directory / "layers")
@@ -97,9 +107,8 @@ class Cluster:
             parent = self.layers.open.get(record.parent)
             self.layers.add(record.name, parent, record.size_bytes, record.shown)
         self.layers.forget_strangers()
-        if settings.template and not self.table(Template):
-            policy = Policy(settings.template, 3, place_all="hdd", place_tail="ssd", place_head="hdd")
-            self.commit([Template(settings.template, self.next_number(), policy)])
+        if not self.table(Disk):
+            self.commit(first_records(settings.template))
 
     def table(self, kind: type[R]) -> dict[str, R]:
         """Return the records of a class, by key; not to be changed but by commit()."""
@@ -120,14 +129,6 @@ class Cluster:
         for record in kept:
             self._tables[type(record)][record.key] = record
         self._family = None
-
-    def commit_layers(self, kept: Sequence[Record], made: Sequence[Layer]) -> None:
-        """Make a change to which new layers belong; they are taken back when it fails."""
-        try:
-            self.commit([*kept, *map(record_of, made)])
-        except BaseException:
-            self.discard(made)
-            raise
 
     def next_number(self) -> int:
         """Return a number that nothing here had before."""
@@ -183,7 +184,7 @@ class Cluster:
             item = self.items[attachment.global_id]
             writable = attachment.rights == "rw"
             devices.append(Device(item.global_id, item.shown_name, item.size_bytes, writable, item.snapshot))
-        self.host.show(devices)
+        self.host.show(self.settings.cluster_id, devices)
 
     # bytes
 
@@ -191,14 +192,21 @@ class Cluster:
         """Return the topmost layer of a volume or snapshot."""
         return self.layers.open[item.layer]
 
-    def new_layer(self, parent: Layer | None, size_bytes: int) -> Layer:
-        """Make a layer, which is nothing until record_of() it is committed."""
-        return self.layers.add(f"{self.next_number():08d}", parent, size_bytes)
+    @contextmanager
+    def making(self) -> Iterator[Callable[[Layer | None, int], Layer]]:
+        """Give a function that makes layers upon others; all are taken back when something goes wrong."""
+        made: list[Layer] = []
 
-    def discard(self, layers: Iterable[Layer]) -> None:
-        """Take back layers that were not committed."""
-        for layer in layers:
-            self.layers.remove(layer)
+        def make(parent: Layer | None, size_bytes: int) -> Layer:
+            made.append(self.layers.add(f"{self.next_number():08d}", parent, size_bytes))
+            return made[-1]
+
+        try:
+            yield make
+        except BaseException:
+            for layer in reversed(made):
+                self.layers.remove(layer)
+            raise
 
     def free_bytes(self) -> int:
         """How much may still be written."""
@@ -223,61 +231,12 @@ class Cluster:
             layer.write(offset, content)
             return len(content)
 
-    def unsynced(self, global_id: str) -> list[int]:
-        """Return descriptors to fdatasync() and close, so that what was written is durable. Needs no lock."""
+    def sync(self, global_id: str) -> None:
+        """Return when what was written before is on the disk below. Needs no lock; others may write meanwhile."""
         with self.bytes_lock:
-            return self.layer(self._device(global_id)).unsynced()
-
-    # deleting
-
-    def collect(self) -> None:
-        """Remove snapshots whose deletion can be finished, and layers that nobody sees."""
-        while True:
-            upon = Counter(record.parent for record in self.table(LayerRecord).values())
-            now = time.time()
-            gone: list[Record] = [
-                item
-                for item in self.items.values()
-                if item.deleted_at is not None
-                and now >= item.deleted_at + self.settings.deletion_s
-                and upon[item.layer] < 2
-            ]
-            used = {item.layer for item in self.items.values() if item not in gone}
-            unseen = [r for r in self.table(LayerRecord).values() if r.name not in used and not upon[r.name]]
-            if not gone and not unseen:
-                return
-            with self.bytes_lock:
-                self.commit([], [*gone, *unseen])
-                self.discard(self.layers.open[record.name] for record in unseen)
-
-    def merge(self) -> bool:
-        """Give a layer that only another one needs to that one; False when there is none. Needs no lock."""
-        with self.lock:
-            found = self._mergeable()
-            if found is None:
-                return False
-            below, above = found
-            with self.bytes_lock:
-                runs = list(below.runs())
-        for first, count in runs:
-            for start in range(first, first + count, _MERGED_CHUNKS):
-                with self.bytes_lock:
-                    if not self._still(below, above):
-                        return True
-                    above.take_over(start, min(_MERGED_CHUNKS, first + count - start))
-        with self.lock, self.bytes_lock:
-            if self._still(below, above):
-                above.skip_parent()
-                self.commit([record_of(above)], [self.table(LayerRecord)[below.name]])
-                self.discard([below])
-        return True
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Hold the lock, and collect afterwards."""
-        with self.lock:
-            yield
-            self.collect()
+            unsynced = self.layer(self._device(global_id)).unsynced()
+        for file in unsynced:
+            file.sync()
 
     def close(self) -> None:
         """Close the files."""
@@ -316,17 +275,6 @@ class Cluster:
         if item is None:
             raise OSError(errno.EIO, f"{global_id} is gone")
         return item
-
-    def _mergeable(self) -> tuple[Layer, Layer] | None:
-        used = {item.layer for item in self.items.values()}
-        upon = Counter(record.parent for record in self.table(LayerRecord).values())
-        for record in self.table(LayerRecord).values():
-            if record.parent and record.parent not in used and upon[record.parent] == 1:
-                return self.layers.open[record.parent], self.layers.open[record.name]
-        return None
-
-    def _still(self, below: Layer, above: Layer) -> bool:
-        return self.layers.open.get(above.name) is above and above.parent is below
 
 
 def record_of(layer: Layer) -> LayerRecord:

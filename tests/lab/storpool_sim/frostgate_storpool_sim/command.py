@@ -10,7 +10,6 @@ import resource
 import secrets
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ import typer
 
 from frostgate_storpool_sim import devices as attached
 from frostgate_storpool_sim.cluster import Cluster, Settings
+from frostgate_storpool_sim.clusters import Clusters
 from frostgate_storpool_sim.devices import Devices
 from frostgate_storpool_sim.filesystem import DeviceFiles
+from frostgate_storpool_sim.reclaim import Reclaimer
 from frostgate_storpool_sim.server import Api, Server
 
 _CLUSTER_ID = re.compile(r"[a-z0-9]+\.[a-z0-9]+")
@@ -49,7 +50,7 @@ class Options:
     host: str
     port: int
     token: str
-    settings: Settings
+    settings: tuple[Settings, ...]
     loop: bool
     latency_s: float
     admin: bool
@@ -66,7 +67,8 @@ def run(
     token: Annotated[str, typer.Option(help="The API's token. Without one: that of before, or a new one.")] = "",
     token_file: Annotated[Path | None, typer.Option(help="A file with the token.")] = None,
     cluster: Annotated[str, typer.Option(help="The cluster's name.")] = "sim",
-    cluster_id: Annotated[str, typer.Option(help="Its id, as global ids begin.")] = "sim.b",
+    cluster_id: Annotated[str, typer.Option(help="Its id, with which global ids begin.")] = "sim.b",
+    other_cluster: Annotated[list[str] | None, typer.Option(help="NAME=ID of another cluster that it knows.")] = None,
     client: Annotated[int, typer.Option(help="This host's client id (SP_OURID).", min=1, max=4095)] = 1,
     other_client: Annotated[list[int] | None, typer.Option(help="Other clients; may be repeated.")] = None,
     template: Annotated[str, typer.Option(help="A volume template that is there from the beginning.")] = "default",
@@ -90,12 +92,26 @@ def run(
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT, such as 127.0.0.1:8181", param_hint="--listen")
-    if not _CLUSTER_ID.fullmatch(cluster_id):
-        raise typer.BadParameter(f"{cluster_id!r} is not LOCATION.ID, such as sim.b", param_hint="--cluster-id")
+    names = {cluster: cluster_id, **dict(_other_cluster(other) for other in other_cluster or ())}
+    for found in names.values():
+        if not _CLUSTER_ID.fullmatch(found):
+            raise typer.BadParameter(f"{found!r} is not LOCATION.ID, such as sim.b", param_hint="--cluster-id")
     if loop and os.geteuid() != 0:
         raise typer.BadParameter("loop devices need root; leave it out to have files", param_hint="--loop")
     clients = tuple(sorted({client, *(other_client or [2, 3])}))
-    settings = Settings(cluster, cluster_id, clients, client, template, capacity_gib * _GIB, deletion_s)
+    settings = tuple(
+        Settings(
+            name,
+            found,
+            clients,
+            client,
+            template,
+            capacity_gib * _GIB,
+            deletion_s,
+            tuple((other, its_id) for other, its_id in names.items() if other != name),
+        )
+        for name, found in names.items()
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         directory = directory.resolve()
@@ -113,30 +129,32 @@ def serve(options: Options) -> None:
     (options.directory / "storpool.conf").unlink(missing_ok=True)
     attached.clear(options.directory)
     devices = Devices(options.directory, loop=options.loop)
-    cluster = Cluster(options.directory / "cluster", options.settings, devices)
-    cluster.show_devices()
-    api = Api(cluster, options.token, latency_s=options.latency_s, admin=options.admin)
+    clusters = Clusters([Cluster(options.directory / f"cluster.{s.cluster_id}", s, devices) for s in options.settings])
+    for cluster in clusters.all:
+        cluster.show_devices()
+    api = Api(clusters, options.token, latency_s=options.latency_s, admin=options.admin)
     server = _bound(options, api)
     devices.images.mkdir(exist_ok=True)
     mount_options = {"fsname=storpool-sim", "subtype=storpool-sim", *(["allow_other"] if os.geteuid() == 0 else [])}
-    pyfuse3.init(DeviceFiles(devices, lambda global_id: cluster), str(devices.images), mount_options)
-    merger = _Merger(cluster)
+    pyfuse3.init(DeviceFiles(devices, clusters.of), str(devices.images), mount_options)
+    reclaimer = Reclaimer(clusters.all)
     try:
-        trio.run(_serve, options, devices, server, merger)
+        trio.run(_serve, options, devices, server, reclaimer)
     finally:
         (options.directory / "storpool.conf").unlink(missing_ok=True)
         pyfuse3.close(unmount=True)
-        merger.stop()
-        cluster.close()
+        reclaimer.stop()
+        for cluster in clusters.all:
+            cluster.close()
 
 
-async def _serve(options: Options, devices: Devices, server: Server, merger: _Merger) -> None:
+async def _serve(options: Options, devices: Devices, server: Server, reclaimer: Reclaimer) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, nursery.cancel_scope)
             await trio.to_thread.run_sync(devices.begin)
             server.start()
-            merger.start()
+            reclaimer.start()
             _announce(options, server.server_address[1])
             try:
                 async for _ in signals:
@@ -154,28 +172,11 @@ async def _answer_kernel(whole: trio.CancelScope) -> None:
     whole.cancel()
 
 
-class _Merger:
-    """Merges layers in the background."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="merger", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(0.2):
-            with self._cluster.changing():
-                pass
-            while not self._ended.is_set() and self._cluster.merge():
-                pass
+def _other_cluster(given: str) -> tuple[str, str]:
+    name, found, cluster_id = given.partition("=")
+    if not name or not found:
+        raise typer.BadParameter(f"{given!r} is not NAME=ID, such as backup=sim.c", param_hint="--other-cluster")
+    return name, cluster_id
 
 
 @contextmanager
@@ -221,10 +222,10 @@ def _announce(options: Options, port: Any) -> None:
     ]
     new.unlink(missing_ok=True)
     new.touch(0o600)
-    new.write_text("\n".join([*lines, f"SP_OURID={options.settings.client}", ""]))
+    new.write_text("\n".join([*lines, f"SP_OURID={options.settings[0].client}", ""]))
     new.rename(conf)
     print("\n".join(f"export {line}" for line in lines))
-    print(_POOL.format(template=options.settings.template, directory=options.directory), flush=True)
+    print(_POOL.format(template=options.settings[0].template, directory=options.directory), flush=True)
 
 
 def _allow_open_files() -> None:

@@ -13,12 +13,22 @@ import os
 import shutil
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from frostgate_storpool_sim.cluster import Device
 
 FILESYSTEM_TYPE = "fuse.storpool-sim"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A device, from its attaching to its detaching: attached again it has another serial number."""
+
+    device: Device = field(compare=False)
+    serial: int
 
 
 class Devices:
@@ -28,9 +38,11 @@ class Devices:
         """Take the directory of images/ and dev/."""
         self.images = directory / "images"
         self.links = directory / "dev"
-        self.by_id: dict[str, Device] = {}
-        self.openers: dict[str, int] = {}
-        """How often a file is open, by global id; the file system counts."""
+        self.by_id: dict[str, Attached] = {}
+        self.openers: Counter[Attached] = Counter()
+        """How often each is open; the file system counts."""
+        self._shown: dict[str, Sequence[Device]] = {}
+        self._serial = 0
         self._loop = loop
         self._lock = threading.RLock()
         self._loops: dict[str, Path] = {}
@@ -40,32 +52,27 @@ class Devices:
         """The file system answers from now on: let what was attached be there."""
         with self._lock:
             self._ready = True
-            self.show(list(self.by_id.values()))
+            self._reconcile({})
 
-    def show(self, devices: Sequence[Device]) -> None:
-        """Let exactly these devices be there. Repeatable. Raises OSError."""
+    def show(self, cluster_id: str, devices: Sequence[Device]) -> None:
+        """Let exactly these devices of a cluster be there. Repeatable. Raises OSError."""
         with self._lock:
-            before = self.by_id
-            self.by_id = {device.global_id: device for device in devices}
-            if not self._ready:
-                return
-            for global_id in list(self._loops):
-                old, new = before.get(global_id), self.by_id.get(global_id)
-                if new is None or old is None or new.writable != old.writable:
-                    _losetup("--detach", self._loops.pop(global_id))
-                elif new.size_bytes != old.size_bytes:
-                    _losetup("--set-capacity", self._loops[global_id])
-            for device in devices:
-                if self._loop and device.global_id not in self._loops:
-                    self._loops[device.global_id] = self._set_up(device)
-            self._link()
+            self._shown[cluster_id] = devices
+            before, now = self.by_id, {}
+            for device in (device for shown in self._shown.values() for device in shown):
+                old = before.get(device.global_id)
+                self._serial += 1
+                now[device.global_id] = Attached(device, old.serial if old else self._serial)
+            self.by_id = now  # the file system, in its thread, sees one or the other
+            if self._ready:
+                self._reconcile(before)
 
     def is_open(self, global_id: str) -> bool:
         """Whether a program has a device open."""
         with self._lock:
-            loop = self._loops.get(global_id)
-        if loop is None:
-            return self.openers.get(global_id, 0) > 0
+            loop, attached = self._loops.get(global_id), self.by_id.get(global_id)
+            if loop is None:
+                return attached is not None and self.openers[attached] > 0
         return _has_opener(loop)
 
     def end(self) -> None:
@@ -77,13 +84,25 @@ class Devices:
             self._ready = False
         shutil.rmtree(self.links, ignore_errors=True)
 
+    def _reconcile(self, before: dict[str, Attached]) -> None:
+        for global_id in list(self._loops):
+            old, new = before.get(global_id), self.by_id.get(global_id)
+            if new is None or old is None or new.device.writable != old.device.writable:
+                _losetup("--detach", self._loops.pop(global_id))
+            elif new.device.size_bytes != old.device.size_bytes:
+                _losetup("--set-capacity", self._loops[global_id])
+        for global_id, attached in self.by_id.items():
+            if self._loop and global_id not in self._loops:
+                self._loops[global_id] = self._set_up(attached.device)
+        self._link()
+
     def _set_up(self, device: Device) -> Path:
         how = () if device.writable else ("--read-only",)
         return Path(_losetup("--find", "--show", *how, self.images / device.global_id))
 
     def _link(self) -> None:
         wanted: dict[Path, Path] = {}
-        for device in self.by_id.values():
+        for device in (attached.device for attached in self.by_id.values()):
             target = self._loops.get(device.global_id, self.images / device.global_id)
             wanted[self.links / "storpool-byid" / device.global_id] = target
             if not device.name.startswith("~"):
@@ -121,7 +140,7 @@ def _losetup(*words: str | Path) -> str:
 
 
 def _has_opener(device: Path) -> bool:
-    """Whether a process has a block device open, or it is mounted. Ours does not count."""
+    """Whether a process has a block device open, or it is mounted."""
     if any(line.split()[0] == str(device) for line in _mounts()):
         return True
     number = device.stat().st_rdev

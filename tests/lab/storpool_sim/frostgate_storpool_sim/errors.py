@@ -1,24 +1,23 @@
 """Refusals, by the names that StorPool gives them.
 
 Names that public programs of StorPool's know: objectDoesNotExist, objectExists, invalidParam, busy,
-insufficientResources, runIfVersionIsMismatch. The HTTP status is not known publicly: clients go by the name.
+insufficientResources, runIfVersionIsMismatch. Clients go by the name: the HTTP status, 500, is what StorPool's tests
+for OpenStack have.
 """
 
 from __future__ import annotations
-
-_STATUS = {"objectDoesNotExist": 404, "objectExists": 409, "busy": 409, "insufficientResources": 507}
 
 
 class Refused(Exception):
     """The API answers a call with an error."""
 
-    def __init__(self, name: str, description: str, *, transient: bool = False, status: int | None = None) -> None:
+    def __init__(self, name: str, description: str, *, transient: bool = False, status: int = 500) -> None:
         """Take what the API says: a stable name, a text, and whether trying again can help."""
         super().__init__(f"{name}: {description}")
         self.name = name
         self.description = description
         self.transient = transient
-        self.status = status or (503 if transient else _STATUS.get(name, 400))
+        self.status = status
 
     def answer(self) -> dict[str, object]:
         """Return it as the API tells it."""

@@ -15,7 +15,7 @@ import pyfuse3
 import trio
 
 from frostgate_storpool_sim.cluster import Cluster, Device
-from frostgate_storpool_sim.devices import Devices
+from frostgate_storpool_sim.devices import Attached, Devices
 
 T = TypeVar("T")
 
@@ -32,20 +32,20 @@ class DeviceFiles(pyfuse3.Operations):
         self._ids: dict[int, str] = {}
         self._owners: dict[str, tuple[int, int, int]] = {}
         """User, group and mode, where somebody changed them (libvirt does)."""
-        self._open: dict[int, str] = {}
+        self._open: dict[int, Attached] = {}
         self._next_handle = 1
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Find a device."""
-        device = self._devices.by_id.get(os.fsdecode(name))
-        if parent_inode != pyfuse3.ROOT_INODE or device is None:
+        attached = self._devices.by_id.get(os.fsdecode(name))
+        if parent_inode != pyfuse3.ROOT_INODE or attached is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return self._attributes(device)
+        return self._attributes(attached.device)
 
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Tell the attributes of a device, or of the directory."""
         if inode != pyfuse3.ROOT_INODE:
-            return self._attributes(self._device(self._ids.get(inode, "")))
+            return self._attributes(self._attached(inode).device)
         answer = pyfuse3.EntryAttributes()
         answer.st_ino = inode
         answer.st_mode = stat.S_IFDIR | 0o755
@@ -57,7 +57,7 @@ class DeviceFiles(pyfuse3.Operations):
         self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: Any
     ) -> pyfuse3.EntryAttributes:
         """Change owner and mode; sizes stay."""
-        device = self._device(self._ids.get(inode, ""))
+        device = self._attached(inode).device
         user, group, mode = self._owner(device)
         user = attr.st_uid if fields.update_uid else user
         group = attr.st_gid if fields.update_gid else group
@@ -67,14 +67,14 @@ class DeviceFiles(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         """Open a device."""
-        device = self._device(self._ids.get(inode, ""))
+        attached = self._attached(inode)
+        device = attached.device
         if flags & (os.O_WRONLY | os.O_RDWR) and not device.writable:
             raise pyfuse3.FUSEError(errno.EROFS)
         handle = self._next_handle
         self._next_handle += 1
-        self._open[handle] = device.global_id
-        openers = self._devices.openers
-        openers[device.global_id] = openers.get(device.global_id, 0) + 1
+        self._open[handle] = attached
+        self._devices.openers[attached] += 1
         return pyfuse3.FileInfo(fh=handle, direct_io=not device.snapshot, keep_cache=device.snapshot)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -92,16 +92,17 @@ class DeviceFiles(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Return when what was written is on the disk below."""
         device = self._held(fh)
-        descriptors = _answered(lambda: self._cluster_of(device.global_id).unsynced(device.global_id))
-        await trio.to_thread.run_sync(_sync, descriptors)
+        try:
+            await trio.to_thread.run_sync(self._cluster_of(device.global_id).sync, device.global_id)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
     async def flush(self, fh: int) -> None:
         """Nothing is held back."""
 
     async def release(self, fh: int) -> None:
         """Close a device."""
-        global_id = self._open.pop(fh)
-        self._devices.openers[global_id] -= 1
+        self._devices.openers.subtract([self._open.pop(fh)])
 
     async def opendir(self, inode: int, ctx: Any) -> int:
         """Begin reading the directory."""
@@ -111,10 +112,10 @@ class DeviceFiles(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Tell the devices."""
-        for position, device in enumerate(sorted(self._devices.by_id.values(), key=lambda found: found.global_id)):
+        for position, (global_id, attached) in enumerate(sorted(self._devices.by_id.items())):
             if position >= start_id:
-                name = os.fsencode(device.global_id)
-                if not pyfuse3.readdir_reply(token, name, self._attributes(device), position + 1):
+                attributes = self._attributes(attached.device)
+                if not pyfuse3.readdir_reply(token, os.fsencode(global_id), attributes, position + 1):
                     return
 
     async def releasedir(self, fh: int) -> None:
@@ -130,18 +131,19 @@ class DeviceFiles(pyfuse3.Operations):
         answer.f_namemax = 255
         return answer
 
-    def _device(self, global_id: str) -> Device:
+    def _attached(self, inode: int) -> Attached:
         try:
-            return self._devices.by_id[global_id]
+            return self._devices.by_id[self._ids[inode]]
         except KeyError:
             raise pyfuse3.FUSEError(errno.ESTALE) from None
 
     def _held(self, handle: int) -> Device:
-        global_id = self._open[handle]
-        device = self._devices.by_id.get(global_id)
-        if device is None:
+        """What is open, as it is attached now; EIO when it was detached meanwhile."""
+        opened = self._open[handle]
+        now = self._devices.by_id.get(opened.device.global_id)
+        if now != opened:
             raise pyfuse3.FUSEError(errno.EIO)
-        return device
+        return now.device
 
     def _owner(self, device: Device) -> tuple[int, int, int]:
         return self._owners.get(device.global_id, (os.getuid(), os.getgid(), 0o660 if device.writable else 0o440))
@@ -166,11 +168,3 @@ def _answered(work: Callable[[], T]) -> T:
         return work()
     except OSError as error:
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-
-
-def _sync(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)

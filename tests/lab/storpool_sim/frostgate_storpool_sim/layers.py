@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK_BYTES = 4096
@@ -37,7 +38,7 @@ class Layer:
         self.parent = parent
         self.size_bytes = size_bytes
         self.shown = shown if parent else 0
-        self._dirty = False
+        self._writes = self._synced = 0
         directory.mkdir(exist_ok=True)
         self._data = os.open(directory / "data", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._map_file = os.open(directory / "map", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -66,7 +67,7 @@ class Layer:
         os.pwritev(self._data, [head, content, tail], offset - len(head))
         self.own_chunks += self.new_chunks(offset, len(content))
         self._map[first : last + 1] = _PRESENT * (last + 1 - first)
-        self._dirty = True
+        self._writes += 1
 
     def new_chunks(self, offset: int, length: int) -> int:
         """How many chunks a write would add to those that the layer has."""
@@ -111,11 +112,16 @@ class Layer:
         self.shown = min(self.shown, self.parent.shown)
         self.parent = self.parent.parent
 
-    def unsynced(self) -> list[int]:
-        """Duplicates of the descriptors, here and in the parents, that fdatasync() has to be called for."""
-        found = [os.dup(self._data), os.dup(self._map_file)] if self._dirty else []
-        self._dirty = False
-        return found + (self.parent.unsynced() if self.parent else [])
+    def unsynced(self) -> list[Unsynced]:
+        """Return what has to be synced, here and in the parents."""
+        below = self.parent.unsynced() if self.parent else []
+        if self._synced == self._writes:
+            return below
+        return [*below, Unsynced(self, self._writes, os.dup(self._data), os.dup(self._map_file))]
+
+    def synced(self, writes: int) -> None:
+        """So many writes are on the disk."""
+        self._synced = max(self._synced, writes)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -156,6 +162,26 @@ class Layer:
             kept = self.read(whole * CHUNK_BYTES, size_bytes % CHUNK_BYTES)
             self.write(whole * CHUNK_BYTES, kept.ljust(min(CHUNK_BYTES, self.size_bytes - whole * CHUNK_BYTES), b"\0"))
         self.shown = min(self.shown, size_bytes)
+
+
+@dataclass(frozen=True)
+class Unsynced:
+    """A layer with writes that are not on the disk yet, and descriptors of its own for its files."""
+
+    layer: Layer
+    writes: int
+    data: int
+    map_file: int
+
+    def sync(self) -> None:
+        """Put them there. Raises OSError."""
+        try:
+            os.fdatasync(self.data)
+            os.fdatasync(self.map_file)
+        finally:
+            os.close(self.data)
+            os.close(self.map_file)
+        self.layer.synced(self.writes)
 
 
 class LayerStore:

@@ -16,9 +16,8 @@ import structlog
 from pydantic import ValidationError
 
 from frostgate_storpool_sim import routes
-from frostgate_storpool_sim.calls import HANDLERS
-from frostgate_storpool_sim.cluster import Cluster
-from frostgate_storpool_sim.errors import Refused, invalid, missing
+from frostgate_storpool_sim.clusters import Clusters
+from frostgate_storpool_sim.errors import Refused, invalid
 from frostgate_storpool_sim.faults import Fault, Faults
 from frostgate_storpool_sim.routes import Call, Route, Router
 
@@ -33,9 +32,9 @@ class _Cut(Exception):
 class Api:
     """What is behind the HTTP server. Any thread."""
 
-    def __init__(self, cluster: Cluster, token: str, *, latency_s: float = 0.0, admin: bool = False) -> None:
-        """Take the cluster; `latency_s` is waited before every call; `admin` opens /admin."""
-        self.cluster = cluster
+    def __init__(self, clusters: Clusters, token: str, *, latency_s: float = 0.0, admin: bool = False) -> None:
+        """Take the clusters; `latency_s` is waited before every call; `admin` opens /admin."""
+        self.clusters = clusters
         self.faults = Faults()
         self._router = Router()
         self._token = token
@@ -71,9 +70,9 @@ class Api:
         call = routes.checked(route, given, body, cluster, multi_cluster)
         for fault in faults:
             if fault.kind == "half":
-                self._done(_halved(call))
+                self.clusters.answer(_halved(call))
                 raise fault.error()
-        answer = self._done(call)
+        answer = self.clusters.answer(call)
         for fault in faults:
             if fault.kind == "delay-after":
                 time.sleep(fault.delay_s)
@@ -82,18 +81,6 @@ class Api:
             elif fault.kind == "cut-after":
                 raise _Cut
         return answer
-
-    def _done(self, call: Call) -> bytes:
-        handler = HANDLERS.get(call.route.function)
-        if handler is None:
-            raise Refused("notSupported", f"The simulator does not have {call.route.query}.", status=501)
-        settings = self.cluster.settings
-        if call.cluster not in ("", settings.name, f"~{settings.cluster_id}"):
-            raise missing("Cluster", call.cluster)
-        with self.cluster.changing():
-            data = handler(self.cluster, call)
-            generation = self.cluster.generation
-        return b'{"generation":%d,"data":%s}' % (generation, routes.encoded(call.route, data))
 
     def _administer(self, method: str, path: str, body: bytes) -> Any:
         asked: dict[tuple[str, str], Callable[[], Any]] = {
@@ -112,8 +99,9 @@ class Api:
     def _set_capacity(self, asked: Any) -> None:
         if not isinstance(asked, dict) or not isinstance(asked.get("bytes"), int):
             raise invalid('{"bytes": N} is expected.')
-        with self.cluster.lock, self.cluster.bytes_lock:
-            self.cluster.settings = replace(self.cluster.settings, capacity_bytes=asked["bytes"])
+        for cluster in self.clusters.all:
+            with cluster.lock, cluster.bytes_lock:
+                cluster.settings = replace(cluster.settings, capacity_bytes=asked["bytes"])
 
 
 class Server(ThreadingHTTPServer):

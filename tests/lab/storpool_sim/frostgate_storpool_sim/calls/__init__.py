@@ -1,6 +1,16 @@
 """What each call does: one function a call, found by the name that the bindings give it."""
 
-from frostgate_storpool_sim.calls import attaching, listing, revisions, snapshots, status, templates, volumes
+from frostgate_storpool_sim.calls import (
+    attaching,
+    hardware,
+    keyvalue,
+    listing,
+    revisions,
+    snapshots,
+    status,
+    templates,
+    volumes,
+)
 
 HANDLERS = {
     **volumes.CALLS,
@@ -10,5 +20,7 @@ HANDLERS = {
     **listing.CALLS,
     **templates.CALLS,
     **status.CALLS,
+    **hardware.CALLS,
+    **keyvalue.CALLS,
 }
 """Every call that the simulator has, by the name of the bindings' function."""

@@ -64,9 +64,10 @@ def _of_snapshot(cluster: Cluster, item: Item) -> dict[str, Any]:
     volume = cluster.child_volume(item)
     return {
         "onVolume": volume.shown_name if volume else "-",
-        "autoName": not item.name,
+        "autoName": item.automatic_name,
         "bound": item.bound,
         "deleted": item.deleted,
+        "deleteBlocked": "multiple children" if item.deleted else "not blocked",
         "transient": False,
         "targetDeleteDate": item.delete_at,
         "recoveringFromRemote": False,

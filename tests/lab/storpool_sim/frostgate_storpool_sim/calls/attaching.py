@@ -11,7 +11,7 @@ from storpool import sptypes
 from frostgate_storpool_sim.calls.answers import ok
 from frostgate_storpool_sim.catalog import Attachment, Item, Record
 from frostgate_storpool_sim.cluster import Cluster
-from frostgate_storpool_sim.errors import busy, invalid
+from frostgate_storpool_sim.errors import Refused, busy, invalid
 from frostgate_storpool_sim.routes import Call
 
 _CLOSING_S = 1.0
@@ -83,23 +83,28 @@ def _apply(cluster: Cluster, changes: list[Change]) -> dict[str, Any]:
             if rights:
                 position = before.position if before else _free_position(held.values(), client)
                 held[key] = Attachment(change.item.global_id, client, rights, position)
-    old = cluster.table(Attachment)
+    old = dict(cluster.table(Attachment))
     removed: list[Record] = [record for key, record in old.items() if key not in held]
     kept: list[Record] = [record for key, record in held.items() if old.get(key) != record]
     cluster.commit(kept, removed)
-    cluster.show_devices()
+    try:
+        cluster.show_devices()
+    except OSError as error:
+        undone: list[Record] = [record for key, record in old.items() if held.get(key) != record]
+        cluster.commit(undone, [record for record in kept if record.key not in old])
+        cluster.show_devices()
+        raise Refused("internalError", str(error)) from error
     return ok(cluster)
 
 
 def _require_closed(cluster: Cluster, change: Change, client: int) -> None:
-    """Raises Refused(busy). Source: os-brick waits for "is open at" to go."""
+    """Raises Refused(busy). Source: os-brick's tests have the text."""
     if change.force or client != cluster.settings.client:
         return
     deadline = time.monotonic() + _CLOSING_S
     while cluster.host.is_open(change.item.global_id):
         if time.monotonic() > deadline:
-            kind = "Snapshot" if change.item.snapshot else "Volume"
-            raise busy(f"{kind} '{change.item.shown_name}' is open at client {client}.")
+            raise busy(f"'{change.item.shown_name}' is open at client {client}")
         time.sleep(0.01)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from frostgate_storpool_sim.catalog import Policy, Template
+from frostgate_storpool_sim.catalog import PlacementGroup, Policy, Template
 from frostgate_storpool_sim.cluster import Cluster
 from frostgate_storpool_sim.errors import invalid, missing
 
@@ -35,15 +35,16 @@ def changed(policy: Policy, asked: Any) -> Policy:
     return replace(policy, **{key: value for key, value in given.items() if value is not None})
 
 
-def complete(policy: Policy) -> Policy:
-    """Return a policy that a volume can have. Raises Refused(invalidParam)."""
+def complete(cluster: Cluster, policy: Policy) -> Policy:
+    """Return a policy that a volume can have. Raises Refused. Source of the defaults: StorPool's CLI reference."""
     if policy.replication is None:
-        raise invalid("Missing replication: name a template, or the replication and placeAll.")
-    if not policy.place_all:
-        raise invalid("Missing placeAll: name a template, or the replication and placeAll.")
-    return replace(
-        policy, place_tail=policy.place_tail or policy.place_all, place_head=policy.place_head or policy.place_all
-    )
+        raise invalid("Missing replication: name a template or say how many replicas.")
+    place_all = policy.place_all or "default"
+    places = (place_all, policy.place_tail or place_all, policy.place_head or place_all)
+    for place in places:
+        if place not in cluster.table(PlacementGroup):
+            raise missing("PlacementGroup", place)
+    return replace(policy, place_all=places[0], place_tail=places[1], place_head=places[2])
 
 
 def tagged(tags: dict[str, str], *asked: dict[str, str] | None) -> dict[str, str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from storpool import sptypes
+
 from frostgate_storpool_sim.calls.answers import ok
 from frostgate_storpool_sim.calls.policy import changed, complete, tagged, template_named
 from frostgate_storpool_sim.catalog import Item
-from frostgate_storpool_sim.cluster import Cluster, require_all_different, with_layer
+from frostgate_storpool_sim.cluster import Cluster, record_of, require_all_different, with_layer
 from frostgate_storpool_sim.errors import invalid, no_room
 from frostgate_storpool_sim.routes import Call
 
 MAX_GROUP = 4096
+_SNAPSHOT_NAME = re.compile(sptypes.SNAPSHOT_NAME_REGEX)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def cut(cluster: Cluster, wanted: Sequence[Wanted]) -> list[Item]:
                 each.volume,
                 global_id=cluster.global_id(number),
                 number=number,
-                name=each.name,
+                name=each.name or _automatic_name(each.volume, number),
+                automatic_name=not each.name,
                 created=int(time.time()),
                 snapshot=True,
                 tags=each.tags,
@@ -57,10 +62,11 @@ def cut(cluster: Cluster, wanted: Sequence[Wanted]) -> list[Item]:
                 delete_at=each.delete_at,
             )
         )
-    layers = [cluster.new_layer(cluster.layer(each.volume), each.volume.size_bytes) for each in wanted]
-    volumes = [with_layer(each.volume, layer) for each, layer in zip(wanted, layers, strict=True)]
-    with cluster.bytes_lock:
-        cluster.commit_layers([*snapshots, *volumes], layers)
+    with cluster.making() as make:
+        layers = [make(cluster.layer(each.volume), each.volume.size_bytes) for each in wanted]
+        volumes = [with_layer(each.volume, layer) for each, layer in zip(wanted, layers, strict=True)]
+        with cluster.bytes_lock:
+            cluster.commit([*snapshots, *volumes, *map(record_of, layers)])
     return snapshots
 
 
@@ -73,7 +79,7 @@ def create(cluster: Cluster, call: Call) -> dict[str, Any]:
     return ok(
         cluster,
         name=made.shown_name,
-        autoName=None if made.name else f"*{made.global_id}",
+        autoName=made.name if made.automatic_name and made.name else None,
         snapshotGlobalId=made.global_id,
         snapshotVisibleVolumeId=made.number,
     )
@@ -110,14 +116,14 @@ def update(cluster: Cluster, call: Call) -> dict[str, Any]:
     deletion = _deletion(asked)
     new = replace(
         item,
-        policy=complete(changed(policy, asked)),
+        policy=complete(cluster, changed(policy, asked)),
         tags=tagged(item.tags, asked.tags),
         bound=item.bound if asked.bind is None else asked.bind,
         delete_at=item.delete_at if deletion is None else deletion,
     )
     if asked.rename and asked.rename != item.name:
         cluster.require_free(asked.rename)
-        new = replace(new, name=asked.rename)
+        new = replace(new, name=asked.rename, automatic_name=False)
     cluster.commit([new])
     cluster.show_devices()
     return ok(cluster)
@@ -130,6 +136,12 @@ def delete(cluster: Cluster, call: Call) -> dict[str, Any]:
     cluster.require_detached(item)
     cluster.commit([replace(item, deleted_at=time.time())])
     return ok(cluster)
+
+
+def _automatic_name(volume: Item, number: int) -> str:
+    """testvolume@1430. Source: StorPool's CLI reference. What is upon unnamed volumes has but a global id."""
+    name = f"{volume.name}@{number}"
+    return name if volume.name and _SNAPSHOT_NAME.fullmatch(name) and len(name) < sptypes.VOLUME_NAME_SIZE else ""
 
 
 def _deletion(asked: Any) -> int | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from frostgate_storpool_sim.catalog import SERVERS
 from frostgate_storpool_sim.cluster import Cluster
 from frostgate_storpool_sim.errors import invalid
 from frostgate_storpool_sim.routes import Call
 
 VERSION = "frostgate-storpool-sim"
-SERVERS = (1, 2, 3)
 
 
 def services(cluster: Cluster, call: Call) -> dict[str, Any]:
@@ -63,7 +63,22 @@ def tasks(cluster: Cluster, call: Call) -> list[Any]:
     return []
 
 
+def known_clusters(cluster: Cluster, call: Call) -> dict[str, Any]:
+    """ClustersList: the others."""
+    known = ((*found.partition("."), name) for name, found in cluster.settings.known)
+    return {"clusters": [{"id": sub, "location": location, "name": name} for location, _, sub, name in known]}
+
+
+def locations(cluster: Cluster, call: Call) -> dict[str, Any]:
+    """LocationsList: those of the others."""
+    found = {cluster_id.partition(".")[0] for _, cluster_id in cluster.settings.known}
+    common = {"sendBufferSize": 0, "recvBufferSize": 0}
+    return {"locations": [{"id": location, "name": location, **common} for location in sorted(found)]}
+
+
 CALLS = {
+    "clustersList": known_clusters,
+    "locationsList": locations,
     "servicesList": services,
     "serversList": services,
     "serversListBlocked": services,

@@ -8,7 +8,7 @@ from typing import Any
 
 from frostgate_storpool_sim.calls.answers import ok
 from frostgate_storpool_sim.calls.policy import changed, complete, tagged, template_named
-from frostgate_storpool_sim.catalog import Item, Policy
+from frostgate_storpool_sim.catalog import Item, Policy, Record
 from frostgate_storpool_sim.cluster import Cluster, record_of, with_layer
 from frostgate_storpool_sim.errors import invalid, no_room
 from frostgate_storpool_sim.routes import Call
@@ -31,31 +31,31 @@ def create(cluster: Cluster, call: Call) -> dict[str, Any]:
         raise invalid("Missing size.")
     if parent and size < parent.size_bytes:
         raise invalid(f"The size must be at least the parent's, {parent.size_bytes}.")
-    policy = complete(changed(policy, asked))
+    policy = complete(cluster, changed(policy, asked))
     _require_possible(cluster, size)
     tags = tagged({}, asked.tags)
     number = cluster.next_number()
     below = cluster.layer(parent) if parent else None
-    made = []
-    kept = []
-    with cluster.bytes_lock:
-        if asked.baseOn and parent:
-            # the copied volume leaves its layer to both, as it would to a snapshot
-            made.append(cluster.new_layer(below, parent.size_bytes))
-            kept.append(with_layer(parent, made[0]))
-        made.append(cluster.new_layer(below, size))
+    with cluster.making() as make:
+        layer = make(below, size)
         item = Item(
             global_id=cluster.global_id(number),
             number=number,
             name=asked.name or "",
-            layer=made[-1].name,
+            layer=layer.name,
             size_bytes=size,
             created=int(time.time()),
             snapshot=False,
             policy=policy,
             tags=tags,
         )
-        cluster.commit_layers([*kept, item], made)
+        kept: list[Record] = [item, record_of(layer)]
+        if asked.baseOn and parent:
+            # the copied volume leaves its layer to both, as it would to a snapshot
+            onward = make(below, parent.size_bytes)
+            kept += [with_layer(parent, onward), record_of(onward)]
+        with cluster.bytes_lock:
+            cluster.commit(kept)
     return ok(cluster, name=item.shown_name, globalId=item.global_id)
 
 
@@ -64,7 +64,7 @@ def update(cluster: Cluster, call: Call) -> dict[str, Any]:
     asked = call.json
     item = cluster.volume(call.arguments["volumeName"])
     policy = replace(template_named(cluster, asked.template).policy) if asked.template else item.policy
-    new = replace(item, policy=complete(changed(policy, asked)), tags=tagged(item.tags, asked.tags))
+    new = replace(item, policy=complete(cluster, changed(policy, asked)), tags=tagged(item.tags, asked.tags))
     if asked.rename and asked.rename != item.name:
         cluster.require_free(asked.rename)
         new = replace(new, name=asked.rename)
@@ -97,9 +97,10 @@ def revert(cluster: Cluster, call: Call) -> dict[str, Any]:
     item = cluster.volume(call.arguments["volumeName"])
     target = cluster.snapshot(call.json.toSnapshot)
     cluster.require_detached(item)
-    with cluster.bytes_lock:
-        layer = cluster.new_layer(cluster.layer(target), target.size_bytes)
-        cluster.commit_layers([with_layer(item, layer)], [layer])
+    with cluster.making() as make:
+        layer = make(cluster.layer(target), target.size_bytes)
+        with cluster.bytes_lock:
+            cluster.commit([with_layer(item, layer), record_of(layer)])
     return ok(cluster)
 
 
