@@ -22,6 +22,7 @@ from providers.base import (
     BlockReader,
     Capabilities,
     DiskSource,
+    Extent,
     GroupSpec,
     LimitExceeded,
     Member,
@@ -36,7 +37,7 @@ from providers.base import (
     VolumeChanged,
     VolumeNotFound,
 )
-from providers.nfs import blocks, chains, copying, imagelock, layout, reservation, reverting
+from providers.nfs import blocks, chains, changes, cloning, copying, imagelock, layout, qemu, reservation, reverting
 from providers.nfs.beneath import check_name, directory, is_volume_name, open_volume, storage_errors
 from providers.nfs.images import Format, format_of, virtual_size
 
@@ -88,13 +89,15 @@ class NfsProvider(Provider):
     def capabilities(self) -> Capabilities:
         """See Provider. Instant where the file system clones files."""
         with self._opened() as root:
-            cloning = self._clones(root)
+            instant = self._clones(root)
         return Capabilities(
-            instant_cut=cloning,
+            instant_cut=instant,
             revert=True,
-            instant_revert=cloning,
+            instant_revert=instant,
             read_blocks=True,
+            clone=True,
             allocated_extents=True,
+            changed_extents=True,
             max_members=_MAX_MEMBERS,
         )
 
@@ -242,7 +245,7 @@ class NfsProvider(Provider):
             with self._lock:
                 self._reverts[group] = held
             try:
-                reverting.stage(root, group, volumes, progress, cloning=self._clones(root))
+                reverting.stage(root, group, volumes, progress, cloning=self._clones(root), instant=instant)
             except BaseException:
                 self._unlock(group)
                 raise
@@ -265,15 +268,27 @@ class NfsProvider(Provider):
         with self._opened() as root:
             reverting.abort(root, group)
 
+    def clone(self, group: str, volume: str, target: str, progress: ReportProgress) -> Volume:
+        """See Provider. At once where the file system clones files."""
+        with self._opened() as root:
+            default = self._options.default_format
+            cloning.clone(root, group, volume, target, default, progress, cloning=self._clones(root))
+            return self._volume(root, target)
+
     def open(self, group: str, volume: str) -> BlockReader:
         """See Provider."""
-        with self._opened() as root:
-            member = layout.manifest(root, group).member(volume)
-            with layout.group_directory(root, group) as group_fd:
-                if group_fd is None:
-                    raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
-                with chains.member(group_fd, member) as chain:
-                    return blocks.reader(chain)
+        with self._opened() as root, self._chain(root, group, volume) as chain:
+            return blocks.reader(chain)
+
+    def changed_extents(self, group: str, volume: str, base: str | None, *, coarse: bool = False) -> Iterator[Extent]:
+        """See Provider. `coarse` reads nothing where the file system clones files."""
+        with self._opened() as root, self._chain(root, group, volume) as chain, blocks.reader(chain) as reader:
+            if base is None:
+                yield from reader.extents(0, reader.size_bytes)
+                return
+            with self._chain(root, base, volume) as base_chain, blocks.reader(base_chain) as base_reader:
+                newer, older = changes.Side(chain, reader), changes.Side(base_chain, base_reader)
+                yield from changes.changed(newer, older, cloning=self._clones(root), coarse=coarse)
 
     def snapshots(self) -> Iterator[StoredGroup]:
         """See Provider. A manifest that cannot be read is left out, with a warning."""
@@ -299,6 +314,16 @@ class NfsProvider(Provider):
     def _opened(self) -> Iterator[int]:
         with storage_errors(self._root), directory(self._root) as root:
             yield root
+
+    @contextmanager
+    def _chain(self, root: int, group: str, volume: str) -> Iterator[qemu.Chain]:
+        """Yield the files that have a member's bytes, open."""
+        member = layout.manifest(root, group).member(volume)
+        with layout.group_directory(root, group) as group_fd:
+            if group_fd is None:
+                raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
+            with chains.member(group_fd, member) as chain:
+                yield chain
 
     def _clones(self, root: int) -> bool:
         device = os.fstat(root).st_dev

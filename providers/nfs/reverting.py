@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from providers.base import PoolFull, ReportProgress, VolumeNotFound
-from providers.nfs import copying, imagelock, layout
+from providers.base import CapabilityMissing, PoolFull, ReportProgress, VolumeNotFound
+from providers.nfs import imagelock, layout, restoring
 from providers.nfs.beneath import directory, open_beneath, open_volume
 
 _STAGED = ".staged.json"
@@ -40,61 +40,64 @@ def unlock(held: Sequence[int]) -> None:
         os.close(descriptor)
 
 
-def stage(root_fd: int, group: str, volumes: Sequence[str], progress: ReportProgress, *, cloning: bool) -> None:
+def stage(
+    root_fd: int, group: str, volumes: Sequence[str], progress: ReportProgress, *, cloning: bool, instant: bool
+) -> None:
     """Make complete, durable files beside the snapshot, ready to be renamed. Repeatable.
 
-    Raises SnapshotNotFound, PoolFull, Cancelled, OSError.
+    `instant` refuses what takes longer the larger it is. Raises SnapshotNotFound, SnapshotDamaged, PoolFull,
+    CapabilityMissing, Cancelled, OSError.
     """
     manifest = layout.manifest(root_fd, group)
     members = [manifest.member(volume) for volume in volumes]
-    with directory(layout.group_path(group), root_fd) as group_fd:
+    with (
+        directory(layout.group_path(group), root_fd) as group_fd,
+        restoring.sources(root_fd, group_fd, members) as sources,
+    ):
+        if instant and any(source.cost_bytes(cloning=cloning) for source in sources):
+            raise CapabilityMissing(
+                "these snapshots have to be copied back; revert without asking for an instant way", group=group
+            )
         layout.remove_tree(group_fd, layout.REVERT)
         layout.make_directory(group_fd, layout.REVERT)
         with directory(layout.REVERT, group_fd) as staging_fd:
             try:
-                _fill(root_fd, group_fd, staging_fd, members, progress, cloning)
+                _fill(root_fd, staging_fd, sources, progress, cloning)
             except BaseException:
                 layout.remove_tree(group_fd, layout.REVERT)
                 raise
-            layout.write(staging_fd, _STAGED, layout.Cut(members=members))
+            staged = layout.Cut(members=[restoring.needs(source) for source in sources])
+            layout.write(staging_fd, _STAGED, staged)
         os.fsync(group_fd)
 
 
 def _fill(
     root_fd: int,
-    group_fd: int,
     staging_fd: int,
-    members: Sequence[layout.StoredMember],
+    sources: Sequence[restoring.Source],
     progress: ReportProgress,
     cloning: bool,
 ) -> None:
-    sources = [open_beneath(group_fd, member.volume, os.O_RDONLY) for member in members]
-    try:
-        total = 0 if cloning else sum(os.fstat(source).st_blocks * 512 for source in sources)
-        space = os.fstatvfs(root_fd)
-        if total > space.f_bavail * space.f_frsize:
-            raise PoolFull(f"setting the volumes back needs {total} bytes; make room")
-        done = 0
+    total = sum(source.cost_bytes(cloning=cloning) for source in sources)
+    space = os.fstatvfs(root_fd)
+    if total > space.f_bavail * space.f_frsize:
+        raise PoolFull(f"setting the volumes back needs {total} bytes; make room")
+    done = 0
 
-        def report(length: int) -> None:
-            nonlocal done
-            done += length
-            progress(min(done, total), total)
+    def report(length: int) -> None:
+        nonlocal done
+        done += length
+        progress(min(done, total), total)
 
-        progress(0, total)
-        for member, source in zip(members, sources, strict=True):
-            target = open_beneath(staging_fd, member.volume, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                if cloning:
-                    copying.clone(source, target)
-                else:
-                    copying.copy(source, target, report)
-                _attributes(root_fd, member).put_on(target)
-                os.fsync(target)
-            finally:
-                os.close(target)
-    finally:
-        unlock(sources)
+    progress(0, total)
+    for source in sources:
+        target = open_beneath(staging_fd, source.member.volume, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            restoring.write(source, target, report, cloning=cloning)
+            _attributes(root_fd, source.member).put_on(target)
+            os.fsync(target)
+        finally:
+            os.close(target)
 
 
 def _attributes(root_fd: int, member: layout.StoredMember) -> layout.Attributes:
@@ -117,6 +120,7 @@ def swap(root_fd: int, group: str) -> None:
         with suppress(FileNotFoundError), directory(layout.REVERT, group_fd) as staging_fd:
             staged = layout.read(staging_fd, _STAGED)
             for member in layout.Cut.model_validate(staged).members if staged else []:
+                restoring.put_back(root_fd, group_fd, member)
                 with suppress(FileNotFoundError):
                     os.rename(member.volume, member.volume, src_dir_fd=staging_fd, dst_dir_fd=root_fd)
             os.fsync(root_fd)

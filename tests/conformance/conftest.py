@@ -25,7 +25,7 @@ STORAGES: dict[str, Callable[[], Storage]] = {
     "nfs-ext4": lambda: Directory("ext4"),
     "nfs-xfs": lambda: Directory("xfs"),
 }
-CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel"], indirect=True)
+CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel", "nfs-ext4", "nfs-xfs"], indirect=True)
 """For storages that clone volumes; the others refuse (test_cloning.py)."""
 
 COMPARING = CLONING

@@ -114,6 +114,9 @@ class Storage(ABC):
 class Directory(Storage):
     """The nfs provider on a file system of the kernel."""
 
+    clones_volumes = True
+    compares = True
+
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.name = f"nfs-{kind}"
