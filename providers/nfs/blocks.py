@@ -8,10 +8,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from providers.base import BlockReader, CapabilityMissing, Extent, PoolUnavailable
+from providers.base import BlockReader, CapabilityMissing, Extent, PoolUnavailable, ProviderError
 from providers.nfs import copying, qemu
 
 _START_TIMEOUT_S = 20.0
@@ -72,20 +73,26 @@ class ImageReader(BlockReader):
             descriptors = qemu.descriptors_of(chain)
             self._server = qemu.start("qemu-nbd", words, descriptors, stdout=subprocess.DEVNULL, stderr=said)
             deadline = time.monotonic() + _START_TIMEOUT_S
-            while not Path(socket).exists():
-                if self._server.poll() is not None:
-                    said.seek(0)
-                    raise qemu.failure("qemu-nbd", said.read(65536).decode(errors="replace"))
+            while not Path(socket).exists() and self._server.poll() is None:
                 if time.monotonic() > deadline:
                     raise PoolUnavailable("qemu-nbd does not start")
                 time.sleep(0.01)
-        self._nbd = nbd.NBD()
-        self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-        try:
-            self._nbd.connect_unix(socket)
-        except nbd.Error as error:
-            raise PoolUnavailable(f"qemu-nbd: {error}") from error
+            self._nbd = nbd.NBD()
+            self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            try:
+                self._nbd.connect_unix(socket)  # answered once the image is open
+            except nbd.Error as error:
+                raise self._why(said, str(error)) from error
         self.size_bytes = self._nbd.get_size()
+
+    def _why(self, said: IO[bytes], otherwise: str) -> ProviderError:
+        """Return what a server that does not serve says."""
+        assert self._server  # noqa: S101 - for the type checker
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(_START_TIMEOUT_S)
+        said.seek(0)
+        words = said.read(65536).decode(errors="replace")
+        return qemu.failure("qemu-nbd", words) if words else PoolUnavailable(f"qemu-nbd: {otherwise}")
 
     def read(self, offset: int, length: int) -> bytes:
         """See BlockReader."""

@@ -1,15 +1,19 @@
 """qcow2 volumes of every kind, through cut, reading, revert and clone, against qemu-img; and hostile ones."""
 
+import json
 import os
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conformance.conftest import FILES, Bench
+from frostgate.v1 import snapshot_provider_pb2 as rpc
+from tests.conformance.conftest import FILES, Bench, refused
 from tests.conformance.storages import MIB, Directory
+from tests.gateway_process import error_info
+from tests.lab.disk import sha256
 
 pytestmark = FILES
 
@@ -21,9 +25,9 @@ def qemu_img(*words: str | Path) -> str:
     return subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True, text=True).stdout
 
 
-def qemu_io(image: Path, *commands: str, options: tuple[str, ...] = ("-f", "qcow2")) -> None:
+def qemu_io(image: Path, *commands: str, options: tuple[str, ...] = ("-f", "qcow2"), opened: str = "") -> None:
     words = [word for command in commands for word in ("-c", command)]
-    done = subprocess.run(["qemu-io", *options, *words, image], capture_output=True, text=True, check=True)
+    done = subprocess.run(["qemu-io", *options, *words, opened or image], capture_output=True, text=True, check=True)
     assert "failed" not in done.stdout, done.stdout
 
 
@@ -116,7 +120,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.fixture
-def directory(bench: Bench) -> Path:
+def directory(bench: Bench) -> Iterator[Path]:
     """The pool's directory; what a test leaves beside its volumes is removed."""
     assert isinstance(bench.storage, Directory)
     root = bench.storage.root("main")
@@ -134,14 +138,330 @@ def volume_of(bench: Bench, directory: Path, make: Callable[[Path], None]) -> st
     return name
 
 
+def extents_of(bench: Bench, group: str, volume: str) -> list[tuple[int, int]]:
+    request = rpc.ListAllocatedExtentsRequest(id=group, volume=bench.ref(volume))
+    responses = bench.stub.ListAllocatedExtents(request)
+    return [(extent.offset, extent.length) for response in responses for extent in response.extents]
+
+
+def mapped(image: Path) -> list[tuple[int, int]]:
+    """What of an image is not zeros, by qemu-img, which follows the header's names."""
+    found: list[tuple[int, int]] = []
+    for entry in json.loads(qemu_img("map", "-f", "qcow2", "--output=json", image)):
+        begin, length = entry["start"], entry["length"]
+        if entry["zero"]:
+            continue
+        if found and sum(found[-1]) == begin:
+            begin, length = found[-1][0], found[-1][1] + length
+            found.pop()
+        found.append((begin, length))
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_qcow2_is_read_as_the_guest_saw_it(
+def test_every_kind_is_read_cloned_and_reverted_as_the_guest_saw_it(
     bench: Bench, directory: Path, tmp_path: Path, kind: str
 ) -> None:
     volume, group = volume_of(bench, directory, KINDS[kind]), bench.id()
-    before = guest_bytes(directory / volume, tmp_path / "oracle")
-    taken = bench.take(group, volume)
-    assert taken.members[0].size_bytes == SIZE
-    if kind != "dirty":  # QEMU would repair it
-        qemu_io(directory / volume, "write -P 1 0 1M")
+    path, clone = directory / volume, f"c-{volume}"
+    before, map_before = guest_bytes(path, tmp_path / "oracle"), mapped(path)
+    assert bench.take(group, volume).members[0].size_bytes == SIZE
+    if kind == "dirty":  # QEMU refuses to write without a repair
+        path.write_bytes(b"broken")
+    else:
+        qemu_io(path, "write -P 1 0 4M", "write -P 2 14M 2M")
     assert bench.read(group, volume) == before
+    extents = extents_of(bench, group, volume)
+    assert all(
+        any(begin <= offset and end <= begin + size for begin, size in map_before) for offset, end in ends(extents)
+    )
+    assert zeroed(before, extents) == bytes(SIZE)
+    clone_to(bench, group, volume, clone)
+    assert guest_bytes(directory / clone, tmp_path / "oracle") == before
+    bench.revert(group, no_safety=True)
+    assert guest_bytes(path, tmp_path / "oracle") == before
+    if kind == "internal-snapshot":
+        qemu_img("snapshot", "-a", "before", path)
+        assert guest_bytes(path, tmp_path / "oracle")[3 * MIB] == 65
+
+
+def ends(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(offset, offset + length) for offset, length in extents]
+
+
+def zeroed(content: bytes, extents: list[tuple[int, int]]) -> bytes:
+    """A disk without what is in the extents."""
+    left = bytearray(content)
+    for offset, end in ends(extents):
+        left[offset:end] = bytes(end - offset)
+    return bytes(left)
+
+
+def clone_to(bench: Bench, group: str, volume: str, target: str) -> None:
+    bench.volumes.append(("main", target))
+    clones = [rpc.CloneSpec(source=bench.ref(volume), target_volume=target)]
+    bench.stub.CloneGroupSnapshot(rpc.CloneGroupSnapshotRequest(id=group, clones=clones), timeout=60)
+
+
+def test_an_encrypted_image_is_kept_faithfully_and_its_bytes_are_not_told(bench: Bench, directory: Path) -> None:
+    secret = ("--object", "secret,id=s,data=guess")
+
+    def encrypted(image: Path) -> None:
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", options, image, "4M")
+        qemu_io(image, "write -P 65 1M 1M", options=(*secret, "--image-opts"), opened=opened(image))
+
+    def opened(image: Path) -> str:
+        return f"driver=qcow2,file.filename={image},encrypt.key-secret=s"
+
+    volume, group = volume_of(bench, directory, encrypted), bench.id()
+    path, clone = directory / volume, f"c-{volume}"
+    before = sha256(path)
+    bench.take(group, volume)
+    qemu_io(path, "write -P 66 1M 1M", options=(*secret, "--image-opts"), opened=opened(path))
+    with refused("CAPABILITY_MISSING") as caught:
+        bench.read(group, volume)
+    assert "encrypted" in caught.value.details()
+    clone_to(bench, group, volume, clone)
+    bench.revert(group, no_safety=True)
+    assert sha256(path) == sha256(directory / clone) == before
+    qemu_io(path, "read -P 65 1M 1M", options=(*secret, "--image-opts"), opened=opened(path))
+
+
+def on_template(bench: Bench, directory: Path, name: str = "") -> tuple[str, Path]:
+    """A volume on a template of 2 MiB, the way CloudStack makes them."""
+    template = directory / f"template-{bench.number}"
+    template.write_bytes(b"template" * (2 * MIB // 8))
+
+    def make(image: Path) -> None:
+        qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", template, image, "4M")
+        qemu_io(image, "write -P 65 1M 64k")
+        if name:
+            qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", name, image)
+
+    return volume_of(bench, directory, make), template
+
+
+def test_a_template_is_named_as_the_hypervisors_see_it(bench: Bench, directory: Path, tmp_path: Path) -> None:
+    volume, template = on_template(bench, directory)
+    before = guest_bytes(directory / volume, tmp_path / "oracle")
+    seen = f"/mnt/as-the-hypervisor-sees-it/{template.name}"
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", seen, directory / volume)
+    group = bench.id()
+    bench.take(group, volume)
+    assert bench.read(group, volume) == before
+
+
+def test_a_template_deleted_since_is_put_back(bench: Bench, directory: Path, tmp_path: Path) -> None:
+    volume, template = on_template(bench, directory)
+    group, clone = bench.id(), f"c-{volume}"
+    before, content = guest_bytes(directory / volume, tmp_path / "oracle"), template.read_bytes()
+    template.chmod(0o644)
+    bench.take(group, volume)
+    (directory / volume).unlink()
+    template.unlink()
+    assert bench.read(group, volume) == before
+    bench.revert(group, no_safety=True)
+    assert template.read_bytes() == content
+    assert template.stat().st_mode & 0o777 == 0o644
+    assert guest_bytes(directory / volume, tmp_path / "oracle") == before
+    template.unlink()
+    clone_to(bench, group, volume, clone)
+    assert guest_bytes(directory / clone, tmp_path / "oracle") == before
+    bench.delete(group)
+    assert template.read_bytes() == content
+
+
+def test_a_template_replaced_since_is_left_alone_and_not_needed(bench: Bench, directory: Path, tmp_path: Path) -> None:
+    volume, template = on_template(bench, directory)
+    group, clone = bench.id(), f"c-{volume}"
+    before = guest_bytes(directory / volume, tmp_path / "oracle")
+    bench.take(group, volume)
+    other = template.with_name("base-other")
+    other.write_bytes(b"another!" * (2 * MIB // 8))
+    other.rename(template)
+    assert bench.read(group, volume) == before
+    clone_to(bench, group, volume, clone)
+    bench.revert(group, no_safety=True)
+    assert guest_bytes(directory / volume, tmp_path / "oracle") == before
+    assert guest_bytes(directory / clone, tmp_path / "oracle") == before
+    assert "backing file" not in qemu_img("info", directory / volume)
+    assert template.read_bytes() == b"another!" * (2 * MIB // 8)
+
+
+@pytest.mark.expects_log("revert failed, nothing was changed")
+def test_a_template_written_in_place_is_noticed_or_does_not_matter(
+    bench: Bench, directory: Path, tmp_path: Path
+) -> None:
+    volume, template = on_template(bench, directory)
+    group = bench.id()
+    before = guest_bytes(directory / volume, tmp_path / "oracle")
+    bench.take(group, volume)
+    with template.open("r+b") as file:
+        file.write(b"changed")
+    if bench.storage.clones:
+        assert bench.read(group, volume) == before
+        bench.revert(group, no_safety=True)
+        assert guest_bytes(directory / volume, tmp_path / "oracle") == before
+        return
+    now = sha256(directory / volume)
+    for verb in (lambda: bench.read(group, volume), lambda: clone_to(bench, group, volume, f"c-{volume}")):
+        with refused("SNAPSHOT_DAMAGED") as caught:
+            verb()
+        assert template.name in caught.value.details()
+    assert bench.revert(group, no_safety=True).revert.failure.reason == "SNAPSHOT_DAMAGED"
+    assert sha256(directory / volume) == now
+
+
+def test_a_resize_between_prepare_and_cut_is_noticed(bench: Bench) -> None:
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    bench.prepare(group, volume)
+    qemu_img("resize", "-q", "-f", "qcow2", bench.storage.source(volume)["file"], "8M")
+    with refused("VOLUME_CHANGED"):
+        bench.cut(group)
+    assert bench.take(bench.id(), volume).members[0].size_bytes == 8 * MIB
+
+
+def test_another_backing_file_between_prepare_and_cut_is_noticed(bench: Bench, directory: Path) -> None:
+    volume, template = on_template(bench, directory)
+    group = bench.id()
+    bench.prepare(group, volume)
+    template.with_name(f"{template.name}-2").write_bytes(template.read_bytes())
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", f"{template}-2", directory / volume)
+    with refused("VOLUME_CHANGED"):
+        bench.cut(group)
+
+
+HOSTILE = {
+    "absolute": "{secret}",
+    "climbing": "../../{secret.name}",
+    "climbing from within": "templates/../../{secret.name}",
+    "through the mount": "{root}/../{secret.name}",
+    "symlink": "template-link",
+    "symlinked directory": "template-out/{secret.name}",
+    "json": 'json:{{"driver":"raw","file":{{"driver":"file","filename":"{secret}"}}}}',
+    "protocol": "nbd://127.0.0.1:1/x",
+    "file protocol": "file:{secret}",
+    "snapshot": ".frostgate/g/x.raw",
+    "device": "/dev/zero",
+    "fifo": "template-fifo",
+    "directory": "template-directory",
+    "missing": "template-missing",
+    "itself": "{volume}",
+}
+
+
+@pytest.fixture
+def traps(directory: Path, tmp_path: Path) -> Iterator[Path]:
+    """The host's secret, and ways to it in the pool."""
+    secret = directory.parent / f"secret-{tmp_path.name}"
+    secret.write_bytes(SECRET)
+    (directory / "template-link").symlink_to(secret)
+    (directory / "template-out").symlink_to(directory.parent)
+    (directory / "template-directory").mkdir()
+    os.mkfifo(directory / "template-fifo")
+    yield secret
+    secret.unlink()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_header_leads_out_of_the_pool(bench: Bench, directory: Path, traps: Path, name: str) -> None:
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    backing = HOSTILE[name].format(secret=traps, root=directory, volume=volume)
+    name_backing_file(directory / volume, backing, "qcow2" if name == "itself" else "raw")
+    before = sha256(directory / volume)
+    with refused("CAPABILITY_MISSING") as caught:
+        bench.cut(group, volume)
+    assert error_info(caught.value).metadata["volume"] == volume
+    assert error_info(caught.value).metadata["backing"] == backing
+    assert not bench.storage.exists(group)
+    assert sha256(directory / volume) == before
+
+
+def name_backing_file(image: Path, name: str, backing_format: str) -> None:
+    """Write a backing file's name into a header by hand: qemu-img would look at it."""
+    extension = struct.pack(">II8s", 0xE2792ACA, len(backing_format), backing_format.encode())
+    with image.open("r+b") as file:
+        head = bytearray(file.read(104))
+        begin = struct.unpack_from(">I", head, 100)[0]
+        struct.pack_into(">QI", head, 8, 4096, len(name))
+        file.seek(0)
+        file.write(head)
+        file.seek(begin)
+        file.write(extension + struct.pack(">II", 0, 0))
+        file.seek(4096)
+        file.write(name.encode())
+
+
+def test_a_chain_that_comes_back_to_itself_is_refused(bench: Bench, directory: Path) -> None:
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    for name, below in (("base-1", "base-2"), ("base-2", "base-1")):
+        qemu_img("create", "-q", "-f", "qcow2", directory / name, "4M")
+        name_backing_file(directory / name, below, "qcow2")
+    name_backing_file(directory / volume, "base-1", "qcow2")
+    with refused("CAPABILITY_MISSING"):
+        bench.cut(group, volume)
+
+
+def test_a_chain_too_long_is_refused(bench: Bench, directory: Path) -> None:
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    for number in range(40):
+        qemu_img("create", "-q", "-f", "qcow2", directory / f"base-{number}", "4M")
+        name_backing_file(directory / f"base-{number}", f"base-{number + 1}", "qcow2")
+    name_backing_file(directory / volume, "base-0", "qcow2")
+    with refused("CAPABILITY_MISSING") as caught:
+        bench.cut(group, volume)
+    assert "32" in caught.value.details()
+
+
+def test_a_backing_format_that_is_not_recorded_is_raw_or_refused(bench: Bench, directory: Path, tmp_path: Path) -> None:
+    volume, template = on_template(bench, directory)
+    with (directory / volume).open("r+b") as file:  # an older qemu-img wrote none
+        file.seek(struct.unpack(">I", file.read(104)[100:])[0])
+        file.write(struct.pack(">II", 0, 0))
+    group = bench.id()
+    bench.take(group, volume)
+    assert bench.read(group, volume, 0, 8) == b"template"
+    with template.open("r+b") as file:
+        file.write(b"QFI\xfb")
+    with refused("CAPABILITY_MISSING"):
+        bench.cut(bench.id(), volume)
+
+
+def test_a_data_file_is_refused(bench: Bench, directory: Path, traps: Path) -> None:
+    def make(image: Path) -> None:
+        data = directory / f"template-data-{image.name}"
+        qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", image, "4M")
+
+    volume, group = volume_of(bench, directory, make), bench.id()
+    with refused("CAPABILITY_MISSING") as caught:
+        bench.cut(group, volume)
+    assert error_info(caught.value).metadata["volume"] == volume
+    assert not bench.storage.exists(group)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(36, 0x7FFFFFFF), (20, 63), (56, 0xFFFFFFFF)], ids=hex)
+def test_a_broken_header_is_damage_and_no_more(bench: Bench, directory: Path, offset: int, value: int) -> None:
+    """A huge L1 table, clusters of 2^63 bytes, a huge refcount table."""
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    with (directory / volume).open("r+b") as file:
+        file.seek(offset)
+        file.write(value.to_bytes(4, "big"))
+    bench.take(group, volume)
+    with refused("SNAPSHOT_DAMAGED"):
+        bench.read(group, volume)
+    assert bench.revert(group, no_safety=True).revert.failure.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("offset", "content"), [(4, b"\0\0\0\1"), (24, b"\xff" * 8), (8, b"\0" * 6 + b"\x10\0\xff\xff\xff\xff")]
+)
+def test_what_qemu_would_not_open_is_refused(bench: Bench, directory: Path, offset: int, content: bytes) -> None:
+    """Version 1, a size that no file has, a name of 4 GiB."""
+    volume, group = bench.volume(image_format="qcow2"), bench.id()
+    with (directory / volume).open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+    with refused("INVALID_ARGUMENT"):
+        bench.cut(group, volume)
+    assert not bench.storage.exists(group)
