@@ -10,7 +10,7 @@ import pytest
 
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
-from tests.conformance.conftest import FILES, Bench, refused
+from tests.conformance.conftest import Bench, refused
 from tests.conformance.storages import MIB
 from tests.gateway_process import GatewayProcess, error_info, reason_of
 
@@ -322,21 +322,11 @@ def test_labels_and_vm_are_kept(bench: Bench) -> None:
     assert (taken.vm.name, taken.vm.domain_xml, taken.vm.current) == ("wéb", "<domain/>", True)
 
 
-@FILES
 def test_what_a_later_release_brings_is_refused_and_said(bench: Bench) -> None:
-    volume, group = bench.volume(), bench.id()
-    bench.take(group, volume)
-    clone = rpc.CloneSpec(source=bench.ref(volume), target_volume="new.raw")
+    volume = bench.volume()
     with refused("CAPABILITY_MISSING") as caught:
-        bench.stub.CloneGroupSnapshot(rpc.CloneGroupSnapshotRequest(id=group, clones=[clone]))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    with refused("CAPABILITY_MISSING"):
-        list(bench.stub.ListChangedExtents(rpc.ListChangedExtentsRequest(id=group, volume=bench.ref(volume))))
-    with refused("CAPABILITY_MISSING"):
         bench.cut(bench.id(), volume, memory=True)
-    for pool in bench.stub.ListPools(rpc.ListPoolsRequest()).pools:
-        assert not pool.capabilities.clone
-        assert not pool.capabilities.changed_extents
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_two_gateways_of_one_pool_never_mix_their_groups(bench: Bench, tmp_path: Path) -> None:
