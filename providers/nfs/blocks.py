@@ -9,13 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
 
 from providers.base import BlockReader, CapabilityMissing, Extent, PoolUnavailable, ProviderError
 from providers.nfs import copying, qemu
 
 _START_TIMEOUT_S = 20.0
+_NOT_YET = ("ENOENT", "ECONNREFUSED")
 _EXTENTS_BYTES = 1024 * 1024 * 1024
 
 
@@ -73,16 +73,16 @@ class ImageReader(BlockReader):
             descriptors = qemu.descriptors_of(chain)
             self._server = qemu.start("qemu-nbd", words, descriptors, stdout=subprocess.DEVNULL, stderr=said)
             deadline = time.monotonic() + _START_TIMEOUT_S
-            while not Path(socket).exists() and self._server.poll() is None:
-                if time.monotonic() > deadline:
-                    raise PoolUnavailable("qemu-nbd does not start")
-                time.sleep(0.01)
-            self._nbd = nbd.NBD()
-            self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-            try:
-                self._nbd.connect_unix(socket)  # answered once the image is open
-            except nbd.Error as error:
-                raise self._why(said, str(error)) from error
+            while self._nbd is None:
+                try:
+                    self._nbd = _connected(nbd, socket)
+                except nbd.Error as error:
+                    # its socket is there before it listens, and it listens before it has opened the image
+                    if self._server.poll() is not None or error.errno not in _NOT_YET:
+                        raise self._why(said, str(error)) from error
+                    if time.monotonic() > deadline:
+                        raise PoolUnavailable("qemu-nbd does not start") from error
+                    time.sleep(0.01)
         self.size_bytes = self._nbd.get_size()
 
     def _why(self, said: IO[bytes], otherwise: str) -> ProviderError:
@@ -133,6 +133,13 @@ class ImageReader(BlockReader):
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = ""
+
+
+def _connected(nbd: Any, socket: str) -> Any:
+    handle = nbd.NBD()
+    handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+    handle.connect_unix(socket)
+    return handle
 
 
 def _libnbd() -> Any:
