@@ -1,0 +1,1 @@
+"""The storpool provider: volumes of a StorPool cluster, through its HTTP API."""
