@@ -96,7 +96,9 @@ def cut(cluster: Cluster, objects: Objects, devices: Devices, reservation: Reser
         answer, *_ = together(executor, [partial(_snap, cluster, request), *checks])
         taken = answer if isinstance(answer, dict) else _taken(objects, reservation)
         if len(taken) != count:
-            raise PoolUnavailable(f"the cut of {reservation.group} made {len(taken)} of {count} snapshots: {answer}")
+            raise PoolUnavailable(  # noqa: TRY301 - what there is of it goes the same way
+                f"the cut of {reservation.group} made {len(taken)} of {count} snapshots: {answer}"
+            )
     except BaseException as error:
         _remove_attempt(objects, devices, cluster, reservation)
         if isinstance(error, Missing):
@@ -154,20 +156,20 @@ def _lost_volume(objects: Objects, reservation: Reservation) -> ProviderError:
     return PoolUnavailable(f"the cluster did not find a volume of {reservation.group} that is there")
 
 
-def whole(group: str, members: Sequence[Found]) -> list[Found]:
-    """Return the members of a group that was cut, in their order. Raises SnapshotNotFound when some are missing.
+def whole(group: str, members: Sequence[Found], cut: str | None) -> list[Found]:
+    """Return the members of one cut of a group, in their order. Raises SnapshotNotFound when some are missing.
 
-    Of two sets of one id, as a cut that was carried out late would leave, none is taken: nothing says which one it is.
+    Where nobody knows which cut it was (None) there has to be one only: of two, as one that was carried out late would
+    leave, none is guessed.
     """
-    by_number = {tags.number_in(member.tags): member for member in members}
-    counts = {count for _, count in by_number}
-    cuts = {member.tags.get(tags.CUT) for member in members}
-    expected = [(number, count) for count in counts for number in range(count)]
-    if not members or len(counts) != 1 or len(cuts) != 1 or sorted(by_number) != expected:
-        raise SnapshotNotFound(
-            f"the storage has {len(by_number)} of {max(counts, default=0)} members of {group}", group=group
-        )
-    return [by_number[place] for place in expected]
+    chosen = [member for member in members if cut in (None, member.tags.get(tags.CUT))]
+    cuts = {member.tags.get(tags.CUT) for member in chosen}
+    by_number = {tags.number_in(member.tags): member for member in chosen}
+    count = max((count for _, count in by_number), default=0)
+    places = [(number, count) for number in range(count)]
+    if not places or len(cuts) != 1 or sorted(by_number) != places:
+        raise SnapshotNotFound(f"the storage has {len(chosen)} of {count} members of {group}", group=group)
+    return [by_number[place] for place in places]
 
 
 def remove(objects: Objects, devices: Devices, cluster: Cluster, snapshots: Sequence[Found]) -> None:

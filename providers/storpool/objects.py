@@ -95,10 +95,9 @@ class Objects:
 
     def records(self) -> list[Found]:
         """Return the volumes that have the pool's records."""
-        found = [
-            _found("volume", one) for one in _listed(self._cluster.call("volumesList", raw=True)) if one.get("tags")
-        ]
-        return [one for one in found if one.tags.get(tags.POOL) == self.scope and one.tags[tags.WHAT] == tags.RECORD]
+        ours = {tags.POOL: self.scope, tags.WHAT: tags.RECORD}.items()
+        listed = _listed(self._cluster.call("volumesList", raw=True))
+        return [_found("volume", one) for one in listed if ours <= (one.get("tags") or {}).items()]
 
     def children(self, snapshots: Sequence[Found]) -> list[str]:
         """Return the names of the volumes that are based on snapshots."""
@@ -108,14 +107,12 @@ class Objects:
 
     def members(self, group: str | None = None) -> list[Found]:
         """Return the snapshots that are a group's members (any group's without one), but not those being deleted."""
-        members = []
-        for one in _listed(self._cluster.call("snapshotsList", raw=True)):
-            kept = one.get("tags") or {}
-            if kept.get(tags.POOL) != self.scope or kept.get(tags.WHAT) != tags.MEMBER:
-                continue
-            if group in (None, kept.get(tags.GROUP)) and not (one.get("deleted") or one.get("destroyed")):
-                members.append(_found("snapshot", one))
-        return members
+        ours = {tags.POOL: self.scope, tags.WHAT: tags.MEMBER}.items() | ({(tags.GROUP, group)} if group else set())
+        return [
+            _found("snapshot", one)
+            for one in _listed(self._cluster.call("snapshotsList", raw=True))
+            if ours <= (one.get("tags") or {}).items() and not one.get("deleted") and not one.get("destroyed")
+        ]
 
     def attachments(self) -> list[Attachment]:
         """Return all attachments in the cluster."""
@@ -201,9 +198,7 @@ def _found(kind: Kind, one: dict[str, Any]) -> Found:
             used_bytes=int(one.get("spaceUsed") or 0),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PoolUnavailable(
-            f"the StorPool API describes an object in a way that is not understood: {error}"
-        ) from error
+        raise PoolUnavailable(f"the StorPool API describes an object in words not understood: {error}") from error
 
 
 def _listed(answer: Any) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ class StorPoolProvider(Provider):
             members = self._members(group)
         except SnapshotNotFound as error:
             raise VolumeChanged(f"the cut of {group} did not survive: {error.message}", group=group) from error
-        self._store.finish(group, cut_time, record)
+        self._store.finish(group, members[0].tags[tags.CUT], cut_time, record)
         with self._lock:
             self._reservations.pop(group, None)
         return [_shown(member) for member in members]
@@ -187,14 +187,13 @@ class StorPoolProvider(Provider):
     ) -> None:
         """See Provider. Every revert is instant. Nothing keeps a client from attaching a volume before revert()."""
         progress(0, 0)
-        self._store.settled(group)
-        reverting.chosen(group, self._members(group), volumes)
+        reverting.chosen(group, self._settled(group), volumes)
         if not self._options.force_detach:
             reverting.check_detached(self._objects, reverting.present(self._objects, volumes))
 
     def revert(self, group: str, volumes: Sequence[str], progress: ReportProgress) -> None:
         """See Provider."""
-        snapshots = reverting.chosen(group, self._members(group), volumes)
+        snapshots = reverting.chosen(group, self._settled(group), volumes)
         now = reverting.present(self._objects, volumes)
         if self._options.force_detach:
             reverting.detach_all(self._cluster, self._objects, self._store, group, now)
@@ -242,7 +241,7 @@ class StorPoolProvider(Provider):
         for record in filter(is_settled, self._objects.records()):
             group = record.tags[tags.GROUP]
             try:
-                found = cutting.whole(group, members.get(group, []))
+                found = cutting.whole(group, members.get(group, []), record.tags.get(tags.CUT))
             except SnapshotNotFound as error:
                 log.warning("the cluster has lost snapshots", pool=self._pool, group=group, error=error.message)
                 continue
@@ -265,17 +264,21 @@ class StorPoolProvider(Provider):
         self._executor.shutdown(wait=False)
 
     def _members(self, group: str) -> list[Found]:
-        """Return a cut's snapshots in order, those of another reservation left out. Raises SnapshotNotFound."""
-        members = self._objects.members(group)
+        """Return a cut's snapshots in their order. Raises SnapshotNotFound."""
         with self._lock:
             reservation = self._reservations.get(group)
         if reservation:
-            members = [member for member in members if member.tags.get(tags.CUT) == reservation.cut]
-        return cutting.whole(group, members)
+            return cutting.whole(group, self._objects.members(group), reservation.cut)
+        record = self._store.find(group)
+        return cutting.whole(group, self._objects.members(group), record.tags.get(tags.CUT) if record else None)
+
+    def _settled(self, group: str) -> list[Found]:
+        """Return a finished group's snapshots, as many as there are. Raises SnapshotNotFound."""
+        cut = self._store.settled(group).tags.get(tags.CUT)
+        return [member for member in self._objects.members(group) if member.tags.get(tags.CUT) == cut]
 
     def _member(self, group: str, volume: str) -> Found:
-        self._store.settled(group)
-        return reverting.chosen(group, self._objects.members(group), [volume])[volume]
+        return reverting.chosen(group, self._settled(group), [volume])[volume]
 
     def _remove_unfinished(self, group: str, record: Found | None, progress: ReportProgress | None = None) -> None:
         if record:

@@ -31,6 +31,7 @@ _MIB = 1 << 20
 _SLOT_BYTES = 8 * _MIB
 _HEADER_BYTES = 4096
 _MOST_BYTES = _SLOT_BYTES - _HEADER_BYTES
+_STATES = (tags.NEW, tags.SETTLED)
 _MAGIC = "frostgate-record-1"
 
 
@@ -86,17 +87,18 @@ class Store:
             raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
         return found
 
-    def finish(self, group: str, cut_time: datetime, record: bytes) -> None:
+    def finish(self, group: str, cut: str, cut_time: datetime, record: bytes) -> None:
         """Make a group settled, with its record; repeatable. Raises PoolFull, PoolUnavailable."""
+        marks = {state: tags.of_record(self._objects.scope, group, cut, cut_time, state) for state in _STATES}
         found = self.find(group)
         if found is None:
-            name, marks = tags.record_name(self._objects.scope, group), self._tags(group, cut_time, tags.NEW)
+            name = tags.record_name(self._objects.scope, group)
             with suppress(Exists):  # a repeat whose first answer was lost
-                self._objects.created(name, marks, size=2 * _SLOT_BYTES)
+                self._objects.created(name, marks[tags.NEW], size=2 * _SLOT_BYTES)
             found = self._objects.any_volume(name)
         self.write(found, Content(record))
         if not is_settled(found):
-            self._cluster.call("volumeUpdate", found.by_id, {"tags": self._tags(group, cut_time, tags.SETTLED)})
+            self._cluster.call("volumeUpdate", found.by_id, {"tags": marks[tags.SETTLED]})
 
     def read(self, found: Found) -> Content:
         """Return what a record volume has. Raises SnapshotNotFound when neither slot can be read."""
@@ -121,9 +123,6 @@ class Store:
         self._devices.sweep([found])
         with suppress(Missing):
             self._cluster.call("volumeDelete", found.by_id)
-
-    def _tags(self, group: str, cut_time: datetime, state: str) -> dict[str, str]:
-        return tags.of_record(self._objects.scope, group, cut_time, state)
 
 
 def is_settled(found: Found) -> bool:

@@ -7,7 +7,7 @@ begin with, "~" for a volume that has only its global id and "#", do not, and ch
 frostgate               id of the group snapshot: on everything that is Frostgate's
 frostgate-pool          which pool of the cluster it is in (one group may have members in several)
 frostgate-what          member, record
-frostgate-cut           the reservation a member was cut for: a repeat finds its own, and nothing older
+frostgate-cut           the reservation a member was cut for: a repeat finds its own, and nothing older; and a record's
 frostgate-number        a member's place and how many there are: "0.8"
 frostgate-volume        name of the volume (-id when it is a global id, -local when it begins with "#")
 frostgate-of            global id of the volume
@@ -80,12 +80,13 @@ def number_in(tags: dict[str, str]) -> tuple[int, int]:
     return (int(number), int(count)) if number.isdecimal() and count.isdecimal() else (0, 0)
 
 
-def of_record(scope: str, group: str, cut_time: datetime, state: str) -> dict[str, str]:
+def of_record(scope: str, group: str, cut: str, cut_time: datetime, state: str) -> dict[str, str]:
     """Return the tags of the volume that has a group's record."""
     return {
         GROUP: group,
         POOL: scope,
         WHAT: RECORD,
+        CUT: cut,
         STATE: state,
         CUT_TIME: cut_time.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
     }
