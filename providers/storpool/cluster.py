@@ -73,9 +73,9 @@ class Cluster:
         )
         return retrying(self._call, self._connected()[0], method, arguments, raw)
 
-    def call_in_window(self, method: str, *arguments: Any) -> Any:
+    def call_in_window(self, method: str, *arguments: Any, raw: bool = False) -> Any:
         """Make one call once, and wait for no longer than a freeze window allows. Raises what call() raises."""
-        return self._call(self._connected()[1], method, arguments, raw=False)
+        return self._call(self._connected()[1], method, arguments, raw)
 
     def _call(self, api: spapi.Api, method: str, arguments: tuple[Any, ...], raw: bool) -> Any:
         try:

@@ -91,7 +91,7 @@ def cut(cluster: Cluster, objects: Objects, devices: Devices, reservation: Reser
             for number, (name, volume) in enumerate(zip(reservation.names, reservation.volumes, strict=True))
         ]
     }
-    checks = [partial(_check_same, cluster, volume) for volume in reservation.volumes]
+    checks = [partial(_check_same, cluster, objects, volume) for volume in reservation.volumes]
     try:
         answer, *_ = together(executor, [partial(_snap, cluster, request), *checks])
         taken = answer if isinstance(answer, dict) else _taken(objects, reservation)
@@ -123,9 +123,8 @@ def _snap(cluster: Cluster, request: dict[str, Any]) -> dict[str, str] | PoolUna
     return PoolUnavailable(f"the StorPool API names {len(taken)} of {len(wanted)} snapshots in its answer")
 
 
-def _check_same(cluster: Cluster, volume: Found) -> None:
-    size = int(cluster.call_in_window("volumeList", volume.by_id)[0].size)
-    if size != volume.size_bytes:
+def _check_same(cluster: Cluster, objects: Objects, volume: Found) -> None:
+    if objects.any_volume(volume.by_id, cluster.call_in_window).size_bytes != volume.size_bytes:
         raise VolumeChanged(f"volume {volume.name} was resized since it was prepared", volume=volume.name)
 
 

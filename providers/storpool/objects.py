@@ -6,7 +6,7 @@ volumes cost the time of their JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,9 +84,9 @@ class Objects:
             raise VolumeNotFound(f"volume {name} is in the cluster, but not in this pool", volume=name)
         return found
 
-    def any_volume(self, name: str) -> Found:
-        """Return a volume of the cluster. Raises Missing."""
-        return _found("volume", _only(self._cluster.call("volumeList", name, raw=True), name))
+    def any_volume(self, name: str, call: Callable[..., Any] | None = None) -> Found:
+        """Return a volume of the cluster, asked for by `call` instead of Cluster.call. Raises Missing."""
+        return _found("volume", _only((call or self._cluster.call)("volumeList", name, raw=True), name))
 
     def volumes(self) -> list[Found]:
         """Return the pool's volumes by name, with the room they take; none of Frostgate's own."""

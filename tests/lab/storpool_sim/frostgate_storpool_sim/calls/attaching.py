@@ -42,8 +42,9 @@ def attachments(cluster: Cluster, call: Call) -> list[dict[str, Any]]:
     found = []
     for held in sorted(cluster.table(Attachment).values(), key=lambda held: (held.client, held.position)):
         item = cluster.items[held.global_id]
+        # the bindings let no name with "@" be here, as snapshots without a name of their own have
         answer = {
-            "volume": item.shown_name,
+            "volume": f"~{item.global_id}" if "@" in item.shown_name else item.shown_name,
             "globalId": held.global_id,
             "snapshot": item.snapshot,
             "client": held.client,
