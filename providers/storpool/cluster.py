@@ -18,7 +18,7 @@ from storpool.spcatch import InvalidArgumentError
 from providers.base import InvalidName, PoolFull, PoolUnavailable, ProviderError
 from providers.storpool.options import StorPoolOptions, connection
 
-_FULL = frozenset({"noSpace", "notEnoughSpace", "outOfSpace", "insufficientSpace"})
+_FULL = "insufficientResources"
 _REFUSED = (401, 403)
 
 
@@ -97,7 +97,7 @@ class Cluster:
             with self._lock:  # the token may have been changed: look again the next time
                 self._apis = None
             return PoolUnavailable(f"{said}: check the token (SP_AUTH_TOKEN, token_file)")
-        if error.name in _FULL:
+        if error.name == _FULL:
             return PoolFull(f"{said}; make room")
         if error.name == "invalidParam":
             return InvalidName(said)

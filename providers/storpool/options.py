@@ -6,6 +6,7 @@ host, and the environment. A key given here wins over the environment, the envir
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 from storpool.spconfig import SPConfig, SPConfigException
 
 from providers.base import PoolUnavailable
+
+_PARSING = threading.Lock()
+"""The parser of StorPool's files cannot be used by two threads at once."""
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]{1,199}$")]
 
@@ -75,7 +79,8 @@ def connection(options: StorPoolOptions) -> Connection:
     """
     files = type("_Files", (SPConfig,), {"PATH_CONFIG": str(options.conf), "PATH_CONFIG_DIR": f"{options.conf}.d"})
     try:
-        found = files(section=options.conf_section, missing_ok=True)
+        with _PARSING:
+            found = files(section=options.conf_section, missing_ok=True)
         token = options.token
         if options.token_file is not None:
             token = SecretStr(options.token_file.read_text().strip())

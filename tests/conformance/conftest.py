@@ -14,6 +14,7 @@ from frostgate.v1 import pool_pb2, volume_pb2
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from tests.conformance.ceph import Ceph
 from tests.conformance.storages import MIB, Directory, Storage
+from tests.conformance.storpool import Storpool
 from tests.gateway_process import GatewayProcess, reason_of
 from tests.lab import state
 
@@ -24,8 +25,9 @@ STORAGES: dict[str, Callable[[], Storage]] = {
     "ceph-parallel": lambda: Ceph("parallel"),
     "nfs-ext4": lambda: Directory("ext4"),
     "nfs-xfs": lambda: Directory("xfs"),
+    "storpool": Storpool,
 }
-CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel", "nfs-ext4", "nfs-xfs"], indirect=True)
+CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel", "nfs-ext4", "nfs-xfs", "storpool"], indirect=True)
 """For storages that clone volumes; the others refuse (test_cloning.py)."""
 
 COMPARING = CLONING
