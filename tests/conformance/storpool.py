@@ -190,9 +190,9 @@ def _ranges(path: Path) -> list[tuple[int, int]]:
     with path.open("rb", buffering=0) as file:
         offset = 0
         while window := file.read(MIB):
-            if any(window):
+            if window != bytes(len(window)):
                 for begin in range(0, len(window), _BLOCK):
-                    if any(window[begin : begin + _BLOCK]):
+                    if window[begin : begin + _BLOCK].strip(b"\0"):
                         if found and sum(found[-1]) == offset + begin:
                             found[-1] = (found[-1][0], found[-1][1] + _BLOCK)
                         else:
