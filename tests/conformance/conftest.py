@@ -27,7 +27,7 @@ STORAGES: dict[str, Callable[[], Storage]] = {
     "nfs-xfs": lambda: Directory("xfs"),
     "storpool": Storpool,
 }
-CLONING = pytest.mark.parametrize("storage", ["ceph-group", "ceph-parallel", "nfs-ext4", "nfs-xfs", "storpool"], indirect=True)
+CLONING = pytest.mark.parametrize("storage", sorted(STORAGES), indirect=True)
 """For storages that clone volumes; the others refuse (test_cloning.py)."""
 
 COMPARING = CLONING
