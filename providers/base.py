@@ -122,6 +122,12 @@ class LimitExceeded(ProviderError):
     reason = "LIMIT_EXCEEDED"
 
 
+class GroupBusy(ProviderError):
+    """Another gateway works on that group snapshot. Trying again later can help."""
+
+    reason = "OPERATION_PENDING"
+
+
 class Cancelled(ProviderError):
     """The work was given up because the group is being deleted or the gateway stops."""
 

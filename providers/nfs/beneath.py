@@ -74,15 +74,25 @@ def open_volume(root_fd: int, name: str, flags: int = os.O_RDONLY) -> int:
     """
     check_name(name)
     try:
-        # O_NONBLOCK: opening a FIFO must not hang
-        descriptor = open_beneath(root_fd, name, flags | os.O_NONBLOCK)
+        return open_file(root_fd, name, flags)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise VolumeNotFound(f"there is no volume {name!r} in this pool", volume=name) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+
+
+def open_file(directory_fd: int, name: str, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file.
+
+    Raises OSError: ELOOP for a symlink, EISDIR for a directory, ENXIO for what else is no regular file.
+    """
+    # O_NONBLOCK: opening a FIFO must not hang
+    descriptor = open_beneath(directory_fd, name, flags | os.O_NONBLOCK)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise VolumeNotFound(f"{name!r} is not a regular file", volume=name)
+        number = errno.EISDIR if kind == stat.S_IFDIR else errno.ENXIO
+        raise OSError(number, "not a regular file", name)
     return descriptor
 
 
@@ -111,6 +121,8 @@ def storage_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PoolFull(f"{root}: {error.strerror}; make room") from error
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR):
+            raise PoolUnavailable(f"{root}: {error.filename} is not what Frostgate left there; remove it") from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise PoolUnavailable(f"{root}: {error.strerror} ({error.filename}); mount it writable") from error
         raise PoolUnavailable(f"{root}: {error.strerror or error}; is it mounted?") from error

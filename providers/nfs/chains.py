@@ -16,7 +16,7 @@ from pathlib import Path
 
 from providers.base import CapabilityMissing, SnapshotDamaged, SnapshotNotFound, VolumeChanged, VolumeInUse
 from providers.nfs import copying, imagelock, layout, qcow2
-from providers.nfs.beneath import directory, open_beneath
+from providers.nfs.beneath import directory, open_beneath, open_file
 from providers.nfs.images import FORMATS
 from providers.nfs.qemu import Image
 
@@ -216,7 +216,7 @@ def is_unchanged(descriptor: int, backing: layout.StoredBacking) -> bool:
 
 def _open_kept(group_fd: int, path: str, volume: str) -> int:
     try:
-        return open_beneath(group_fd, path, os.O_RDONLY)
+        return open_file(group_fd, path)
     except FileNotFoundError:
         raise SnapshotNotFound(f"the file {path} of the snapshot is missing", volume=volume) from None
 

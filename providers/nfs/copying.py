@@ -5,34 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from providers.base import Extent
 
 _FICLONE = 0x40049409
 _CHUNK_BYTES = 16 * 1024 * 1024
-_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EXDEV)
+CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EXDEV)
+"""What a file system answers that cannot share blocks."""
 
 
 def clone(source: int, target: int) -> None:
     """Make target share all blocks of source. Raises OSError. Source: ioctl_ficlone(2)."""
     fcntl.ioctl(target, _FICLONE, source)
-
-
-def can_clone(directory: Path) -> bool:
-    """Tell whether the file system under a directory can clone files, by doing it. Raises OSError."""
-    with tempfile.TemporaryFile(dir=directory) as source, tempfile.TemporaryFile(dir=directory) as target:
-        source.write(b"frostgate" * 1000)
-        source.flush()
-        try:
-            clone(source.fileno(), target.fileno())
-        except OSError as error:
-            if error.errno in _CANNOT:
-                return False
-            raise
-    return True
 
 
 def data(descriptor: int, offset: int, end: int) -> Iterator[Extent]:
@@ -72,6 +57,6 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     try:
         return os.copy_file_range(source, target, length, offset, offset)
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in CANNOT:
             raise
     return os.pwrite(target, os.pread(source, length, offset), offset)

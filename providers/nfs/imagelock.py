@@ -18,11 +18,12 @@ import psutil
 
 from providers.base import VolumeInUse
 
-_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_F_OFD_GETLK, _F_OFD_SETLK, _F_OFD_SETLKW = 36, 37, 38
 _CONSISTENT_READ, _WRITE, _RESIZE = 100, 101, 103
 _KEEP_WRITE, _KEEP_RESIZE = 201, 203
 _FLOCK = "hhqqi4x"
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
 
 
 def is_in_use(descriptor: int) -> bool:
@@ -30,7 +31,7 @@ def is_in_use(descriptor: int) -> bool:
 
     A file system without locks (NFSv3 mounted with nolock) knows of nobody.
     """
-    return _held(descriptor, _WRITE) or _held(descriptor, _RESIZE)
+    return is_locked(descriptor, _WRITE) or is_locked(descriptor, _RESIZE)
 
 
 def hold(descriptor: int, volume: str) -> None:
@@ -41,9 +42,9 @@ def hold(descriptor: int, volume: str) -> None:
     """
     try:
         for byte in (_CONSISTENT_READ, _KEEP_WRITE, _KEEP_RESIZE):
-            fcntl.fcntl(descriptor, _F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+            lock(descriptor, byte)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise in_use(descriptor, volume) from None
@@ -70,12 +71,22 @@ def users(descriptor: int) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _held(descriptor: int, byte: int) -> bool:
+def lock(descriptor: int, byte: int, *, exclusive: bool = False, wait: bool = False) -> None:
+    """Lock one byte of a file until the descriptor (and what was dup()ed from it) is closed.
+
+    Raises OSError: EAGAIN or EACCES when somebody else has it, one of NO_LOCKS when there are no locks. `wait` waits.
+    """
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    fcntl.fcntl(descriptor, _F_OFD_SETLKW if wait else _F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0))
+
+
+def is_locked(descriptor: int, byte: int) -> bool:
+    """Tell whether somebody else has a lock on a byte; a file system without locks says no. Raises OSError."""
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
         answer = fcntl.fcntl(descriptor, _F_OFD_GETLK, question)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return False
         raise
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

@@ -1,56 +1,88 @@
 """Where snapshots lie beside the volumes, and the manifest that makes them snapshots.
 
+    <root>/.frostgate/.lock                     what gateways lock (locks.py); stays
     <root>/.frostgate/<group>/<volume>          a member
     <root>/.frostgate/<group>/.manifest.json    written last, atomically: no manifest, no snapshot
     <root>/.frostgate/<group>/.cut.json         what was cut, from the cut to the manifest
     <root>/.frostgate/<group>/.backing/<n>      a file that members have below their own
     <root>/.frostgate/<group>/.revert/<volume>  staged, before it is renamed over the volume
 
-A volume's name never begins with a dot, so nothing of these can be one.
+A volume's name never begins with a dot, so nothing of these can be one. What is read here is not trusted: names are
+names of volumes, numbers are in their ranges, files are regular and of a bounded size, or it is Damaged.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, ValidationError, model_validator
 
-from providers.base import SnapshotNotFound
-from providers.nfs.beneath import directory, open_beneath
+from providers.base import LimitExceeded, SnapshotNotFound
+from providers.nfs.beneath import directory, is_volume_name, open_beneath, open_file
 
 SNAPSHOTS = ".frostgate"
 MANIFEST = ".manifest.json"
 CUT = ".cut.json"
 BACKING = ".backing"
 REVERT = ".revert"
-_MAX_BYTES = 16 * 1024 * 1024
+_MAX_BYTES = 32 * 1024 * 1024
+_NO_XATTRS = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class Damaged(Exception):
+    """A file in `.frostgate` is not what was written there."""
+
+
+def _volume_name(name: str) -> str:
+    if not is_volume_name(name):
+        raise ValueError("is not a volume's name")
+    return name
+
+
+def _user_xattr(name: str) -> str:
+    if not name.startswith("user."):
+        raise ValueError("is not a user's attribute")
+    return name
+
+
+def _hexadecimal(value: str) -> str:
+    bytes.fromhex(value)
+    return value
+
+
+VolumeName = Annotated[str, AfterValidator(_volume_name)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
+Id = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Attributes(BaseModel):
     """Owner, mode and extended attributes of a volume."""
 
-    uid: int
-    gid: int
-    mode: int
-    xattrs: dict[str, str] = {}
+    uid: Id
+    gid: Id
+    mode: Annotated[int, Field(ge=0, le=0o7777)]
+    xattrs: dict[Annotated[str, AfterValidator(_user_xattr)], Annotated[str, AfterValidator(_hexadecimal)]] = {}
 
     @staticmethod
     def of(descriptor: int) -> Attributes:
-        """Read them. What the file system does not keep is left out."""
+        """Read them; a file system without extended attributes has none. Raises OSError."""
         status = os.fstat(descriptor)
         xattrs = {}
-        with suppress(OSError):
-            for name in os.listxattr(descriptor):
-                if name.startswith("user."):
-                    xattrs[name] = os.getxattr(descriptor, name).hex()
+        try:
+            names = os.listxattr(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_XATTRS:
+                raise
+            names = []
+        for name in names:
+            if name.startswith("user."):
+                xattrs[name] = os.getxattr(descriptor, name).hex()
         return Attributes(uid=status.st_uid, gid=status.st_gid, mode=stat.S_IMODE(status.st_mode), xattrs=xattrs)
 
     def put_on(self, descriptor: int) -> None:
@@ -68,10 +100,10 @@ class StoredBacking(BaseModel):
     `file_bytes` and `mtime_ns` tell whether it is what it was.
     """
 
-    kept: str
+    kept: VolumeName
     format: str
     path: str = ""
-    file_bytes: int
+    file_bytes: Bytes
     mtime_ns: int
 
 
@@ -82,12 +114,12 @@ class StoredMember(BaseModel):
     lies below that file, from the top down: the member's bytes are those of the whole chain.
     """
 
-    volume: str
-    size_bytes: int
+    volume: VolumeName
+    size_bytes: Bytes
     format: str
     mode: str
     attributes: Attributes
-    file_bytes: int = 0
+    file_bytes: Bytes = 0
     mtime_ns: int = 0
     image_format: str = ""
     backing: list[StoredBacking] = []
@@ -99,9 +131,13 @@ class StoredMember(BaseModel):
 
 
 class Cut(BaseModel):
-    """What was cut, before it is durable."""
+    """What was cut, before the manifest.
 
-    members: list[StoredMember]
+    `boot` is the boot of this host that it cannot outlive, because not all of it is on the disk; "" when it is.
+    """
+
+    members: Annotated[list[StoredMember], Field(min_length=1)]
+    boot: str = ""
 
 
 class Manifest(BaseModel):
@@ -109,9 +145,15 @@ class Manifest(BaseModel):
 
     version: int = 1
     group: str
-    cut_time: datetime
-    members: list[StoredMember]
+    cut_time: AwareDatetime
+    members: Annotated[list[StoredMember], Field(min_length=1)]
     record: str = ""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Manifest:
+        if len({member.volume for member in self.members}) < len(self.members):
+            raise ValueError("a volume is there twice")
+        return self
 
     def member(self, volume: str) -> StoredMember:
         """Return one member or raise SnapshotNotFound."""
@@ -119,6 +161,9 @@ class Manifest(BaseModel):
             if member.volume == volume:
                 return member
         raise SnapshotNotFound(f"snapshot {self.group} has no member {volume}", group=self.group, volume=volume)
+
+
+Content = TypeVar("Content", bound=BaseModel)
 
 
 def group_path(group: str) -> str:
@@ -147,40 +192,85 @@ def make_directory(within: int, name: str) -> None:
 
 
 def manifest(root_fd: int, group: str) -> Manifest:
-    """Return a group's manifest. Raises SnapshotNotFound when there is none or it cannot be read."""
+    """Return a group's manifest. Raises SnapshotNotFound when there is none or it is not one of that group."""
+    damaged = f"the manifest of snapshot {group} is damaged"
     with group_directory(root_fd, group) as group_fd:
-        found = None if group_fd is None else read(group_fd, MANIFEST)
+        try:
+            found = None if group_fd is None else read(group_fd, MANIFEST, Manifest)
+        except Damaged as error:
+            raise SnapshotNotFound(f"{damaged}: {error}", group=group) from None
     if found is None:
         raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
-    try:
-        return Manifest.model_validate(found)
-    except ValidationError as error:
-        raise SnapshotNotFound(f"the manifest of snapshot {group} is damaged: {error}", group=group) from None
+    if found.group != group:
+        raise SnapshotNotFound(f"{damaged}: it is of {found.group[:128]!r}", group=group)
+    return found
 
 
-def read(directory_fd: int, name: str) -> Any:
-    """Return a JSON file's content, None when it is missing or no JSON."""
+def is_there(root_fd: int, group: str) -> bool:
+    """Tell whether there is something under a group's name, be it a directory or not."""
     try:
-        descriptor = open_beneath(directory_fd, name, os.O_RDONLY)
+        os.stat(group_path(group), dir_fd=root_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_finished(root_fd: int, group: str) -> bool:
+    """Tell whether a group has a manifest, readable or not: then nothing of it is removed but by delete()."""
+    with group_directory(root_fd, group) as group_fd:
+        if group_fd is None:
+            return False
+        try:
+            os.stat(MANIFEST, dir_fd=group_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def read(directory_fd: int, name: str, content: type[Content]) -> Content | None:
+    """Return a JSON file's content, None when it is missing. Raises Damaged, OSError."""
+    try:
+        descriptor = open_file(directory_fd, name)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise Damaged(f"{name} is not a regular file") from None
+        raise
     with os.fdopen(descriptor, "rb") as file:
-        try:
-            return json.loads(file.read(_MAX_BYTES))
-        except ValueError:
-            return None
+        found = file.read(_MAX_BYTES + 1)
+    if len(found) > _MAX_BYTES:
+        raise Damaged(f"{name} has more than {_MAX_BYTES} bytes")
+    try:
+        return content.model_validate_json(found)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise Damaged(f"{'.'.join(map(str, first['loc'])) or name}: {first['msg']}") from None
 
 
 def write(directory_fd: int, name: str, content: BaseModel, *, durable: bool = True) -> None:
-    """Write a JSON file atomically: temporary file, fsync, rename, fsync of the directory."""
+    """Write a JSON file atomically: temporary file, fsync, rename, fsync of the directory.
+
+    Raises LimitExceeded when it is more than read() takes, OSError; then the file is what it was.
+    """
+    written = content.model_dump_json().encode()
+    if len(written) > _MAX_BYTES:
+        raise LimitExceeded(
+            f"{name} would have more than {_MAX_BYTES} bytes", limit="manifest", maximum=str(_MAX_BYTES)
+        )
     temporary = f"{name}.new"
-    descriptor = open_beneath(directory_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content.model_dump_json().encode())
-        file.flush()
-        if durable:
-            os.fsync(descriptor)
-    os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    remove(directory_fd, temporary)
+    try:
+        descriptor = open_beneath(directory_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(written)
+            file.flush()
+            if durable:
+                os.fsync(descriptor)
+        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except BaseException:
+        remove(directory_fd, temporary)
+        raise
     if durable:
         os.fsync(directory_fd)
 
@@ -192,39 +282,74 @@ def remove(directory_fd: int, name: str) -> None:
 
 
 def remove_tree(within: int, name: str) -> None:
-    """Remove a directory with all that is in it; a missing one is fine."""
-    try:
-        with directory(name, within) as tree:
-            for entry in list(os.scandir(tree)):
-                if entry.is_dir(follow_symlinks=False):
-                    remove_tree(tree, entry.name)
-                else:
-                    remove(tree, entry.name)
-    except FileNotFoundError:
+    """Remove a directory with all that is in it, or what else has its name; a missing one is fine."""
+    tree = _open_tree(within, name)
+    if tree is None:
         return
+    try:
+        for entry in list(os.scandir(tree)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(tree, entry.name)
+            else:
+                remove(tree, entry.name)
+    finally:
+        os.close(tree)
     with suppress(FileNotFoundError):
         os.rmdir(name, dir_fd=within)
 
 
 def remove_group(root_fd: int, group: str) -> None:
-    """Remove a group's directory, its manifest first; and the snapshots' directory when it was the last."""
-    with group_directory(root_fd, group) as group_fd:
-        if group_fd is None:
-            return
-        remove(group_fd, MANIFEST)
-        os.fsync(group_fd)
-    remove_tree(root_fd, group_path(group))
+    """Remove a group's directory, durably; its manifest first, so that what a crash leaves of it is no snapshot."""
     try:
-        os.rmdir(SNAPSHOTS, dir_fd=root_fd)
+        snapshots = open_beneath(root_fd, SNAPSHOTS, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        tree = _open_tree(snapshots, group)
+        if tree is not None:
+            try:
+                remove(tree, MANIFEST)
+                os.fsync(tree)
+            finally:
+                os.close(tree)
+            remove_tree(snapshots, group)
+        os.fsync(snapshots)
+    finally:
+        os.close(snapshots)
+
+
+def sync_snapshots(root_fd: int) -> None:
+    """Make durable which groups there are; fine when there are none."""
+    with suppress(FileNotFoundError), directory(SNAPSHOTS, root_fd) as snapshots_fd:
+        os.fsync(snapshots_fd)
+
+
+def _open_tree(within: int, name: str) -> int | None:
+    """Return a directory's descriptor, None when there is none; what else has its name, planted, is removed."""
+    try:
+        return open_beneath(within, name, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
-    os.fsync(root_fd)
+    remove(within, name)
+    return None
 
 
-def groups(root: Path) -> list[str]:
+def groups(root_fd: int) -> list[str]:
     """Return the names of all groups' directories, finished or not."""
     try:
-        return sorted(entry.name for entry in os.scandir(root / SNAPSHOTS) if entry.is_dir(follow_symlinks=False))
+        with directory(SNAPSHOTS, root_fd) as snapshots:
+            return sorted(
+                entry.name
+                for entry in os.scandir(snapshots)
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+            )
     except FileNotFoundError:
         return []
+
+
+def boot() -> str:
+    """Return what names this boot of this host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

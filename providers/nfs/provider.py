@@ -6,11 +6,11 @@ afterwards. Snapshots lie in .frostgate beside the volumes (layout.py).
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -37,9 +37,22 @@ from providers.base import (
     VolumeChanged,
     VolumeNotFound,
 )
-from providers.nfs import blocks, chains, changes, cloning, copying, imagelock, layout, qemu, reservation, reverting
+from providers.nfs import (
+    blocks,
+    chains,
+    changes,
+    cloning,
+    imagelock,
+    layout,
+    locks,
+    probing,
+    qemu,
+    reservation,
+    reverting,
+)
 from providers.nfs.beneath import check_name, directory, is_volume_name, open_volume, storage_errors
 from providers.nfs.images import Format, format_of, virtual_size
+from providers.nfs.ongoing import Ongoing
 
 log = structlog.get_logger()
 
@@ -75,9 +88,7 @@ class NfsProvider(Provider):
         self._pool = pool
         self._options = options
         self._root = options.root
-        self._lock = threading.Lock()
-        self._reservations: dict[str, reservation.Reservation] = {}
-        self._reverts: dict[str, list[int]] = {}
+        self._ongoing = Ongoing()
         self._can_clone: dict[int, bool] = {}
         self._cutters = ThreadPoolExecutor(8, thread_name_prefix=f"{pool}-clone")
 
@@ -155,39 +166,39 @@ class NfsProvider(Provider):
         """See Provider."""
         if len(spec.volumes) > _MAX_MEMBERS:
             raise LimitExceeded(f"at most {_MAX_MEMBERS} volumes", limit="max_members", maximum=str(_MAX_MEMBERS))
-        with self._lock:
-            earlier = self._reservations.get(spec.group)
+        earlier = self._ongoing.reservation(spec.group)
         if earlier and earlier.spec == spec:
             return [reservation.member_of(part.stored) for part in earlier.parts]
-        with self._opened() as root:
+        self._ongoing.forget(spec.group)
+        with self._opened() as root, ExitStack() as held:
+            lock = held.enter_context(locks.group(root, spec.group))
             self._refuse_stored(root, spec.group)
-            self._forget(spec.group)
+            if layout.is_there(root, spec.group):
+                layout.remove_group(root, spec.group)  # by a gateway that died
             try:
-                mounts = (self._root, *self._options.hypervisor_paths)
                 reserved = reservation.reserve(
-                    root, spec, self._options.default_format, mounts, cloning=self._clones(root)
+                    root,
+                    spec,
+                    self._options.default_format,
+                    (self._root, *self._options.hypervisor_paths),
+                    cloning=self._clones(root),
+                    reverting=self._ongoing.volumes_reverting(),
                 )
             except BaseException:
                 layout.remove_group(root, spec.group)
                 raise
-        with self._lock:
-            self._reservations[spec.group] = reserved
+            held.pop_all()
+        self._ongoing.keep(spec.group, reserved, lock)
         return [reservation.member_of(part.stored) for part in reserved.parts]
 
     def cut(self, group: str) -> list[Member]:
         """See Provider."""
-        with self._lock:
-            reserved = self._reservations.get(group)
+        reserved = self._ongoing.reservation(group)
         if reserved is None:
             raise VolumeChanged(f"the reservation of {group} is gone: prepare again", group=group)
         try:
             with storage_errors(self._root):
-                try:
-                    reservation.cut(reserved, self._cutters)
-                except FileNotFoundError as error:
-                    raise VolumeNotFound(
-                        f"volume {error.filename} is gone since it was prepared", volume=str(error.filename)
-                    ) from None
+                reservation.cut(reserved, self._cutters)
         except BaseException:
             self.abort(group)
             raise
@@ -196,77 +207,84 @@ class NfsProvider(Provider):
     def settle(self, group: str, cut_time: datetime, record: bytes, progress: ReportProgress) -> list[Member]:
         """See Provider."""
         with self._opened() as root:
-            with self._lock:
-                reserved = self._reservations.get(group)
+            reserved = self._ongoing.cut_reservation(root, group)
             if reserved is None:
+                manifest = layout.manifest(root, group)  # settled before the crash
+            else:
                 try:
-                    manifest = layout.manifest(root, group)  # settled before the crash
-                except SnapshotNotFound:
-                    reserved = reservation.reopen(root, group)
-                    with self._lock:
-                        self._reservations[group] = reserved
-            if reserved is not None:
-                manifest = reservation.settle(reserved, cut_time, record.decode(), progress)
-                self._forget(group)
+                    manifest = reservation.settle(reserved, cut_time, record.decode(), progress)
+                except OSError as error:
+                    if error.errno == errno.ESTALE:  # what is open is of a mount that is gone: a repeat opens it anew
+                        self._ongoing.forget(group)
+                    raise
+                self._ongoing.forget(group)
         return [self._member(group, member) for member in manifest.members]
 
     def describe(self, group: str, record: bytes) -> None:
         """See Provider."""
         with self._opened() as root:
-            manifest = layout.manifest(root, group)
-            with layout.group_directory(root, group) as group_fd:
-                if group_fd is None:
-                    raise SnapshotNotFound(f"the storage has no snapshot {group}", group=group)
-                layout.write(group_fd, layout.MANIFEST, manifest.model_copy(update={"record": record.decode()}))
+            layout.manifest(root, group)  # before the lock: it makes `.frostgate`
+            with self._ongoing.locked(root, group):
+                manifest = layout.manifest(root, group)
+                with directory(layout.group_path(group), root) as group_fd:
+                    layout.write(group_fd, layout.MANIFEST, manifest.model_copy(update={"record": record.decode()}))
 
     def abort(self, group: str) -> None:
         """See Provider. What has a manifest is finished, and stays."""
-        self._forget(group)
+        self._ongoing.forget(group)
         with self._opened() as root:
-            with layout.group_directory(root, group) as group_fd:
-                finished = group_fd is not None and layout.read(group_fd, layout.MANIFEST) is not None
-            if not finished:
-                layout.remove_group(root, group)
+            if not layout.is_there(root, group):
+                layout.sync_snapshots(root)  # so that a repeat of one that failed is durable too
+                return
+            with locks.group(root, group):
+                if not layout.is_finished(root, group):
+                    layout.remove_group(root, group)
 
     def delete(self, group: str, progress: ReportProgress) -> None:
         """See Provider."""
-        self._forget(group)
+        self._ongoing.forget(group)
+        self._ongoing.end_revert(group)
         with self._opened() as root:
             progress(0, 0)
-            layout.remove_group(root, group)
+            if not layout.is_there(root, group):
+                layout.sync_snapshots(root)
+                return
+            with locks.group(root, group):
+                layout.remove_group(root, group)
 
     def prepare_revert(
         self, group: str, volumes: Sequence[str], progress: ReportProgress, *, instant: bool = False
     ) -> None:
         """See Provider. From here on until revert() nobody can open the volumes for writing."""
-        self.abort_revert(group)
+        self._ongoing.end_revert(group)
         with self._opened() as root:
-            held = reverting.lock(root, volumes)
-            with self._lock:
-                self._reverts[group] = held
+            layout.manifest(root, group)
+            self._ongoing.begin_revert(root, group, volumes)
             try:
                 reverting.stage(root, group, volumes, progress, cloning=self._clones(root), instant=instant)
             except BaseException:
-                self._unlock(group)
+                self._ongoing.end_revert(group)
                 raise
 
     def revert(self, group: str, volumes: Sequence[str], progress: ReportProgress) -> None:
         """See Provider."""
         with self._opened() as root:
-            with self._lock:
-                locked = group in self._reverts
-            if not locked:  # resumed by another process
-                held = reverting.lock(root, volumes)
-                with self._lock:
-                    self._reverts[group] = held
-            reverting.swap(root, group)
-        self._unlock(group)
+            self._ongoing.begin_revert(root, group, volumes)  # when it is resumed by another process
+            try:
+                reverting.swap(root, group)
+            except OSError as error:
+                if error.errno == errno.ESTALE:  # and so are the locks: a repeat takes them anew
+                    self._ongoing.end_revert(group)
+                raise
+        self._ongoing.end_revert(group)
 
     def abort_revert(self, group: str) -> None:
         """See Provider."""
-        self._unlock(group)
+        self._ongoing.end_revert(group)
         with self._opened() as root:
-            reverting.abort(root, group)
+            if layout.is_there(root, group):
+                with locks.group(root, group):
+                    reverting.abort(root, group)
 
     def clone(self, group: str, volume: str, target: str, progress: ReportProgress) -> Volume:
         """See Provider. At once where the file system clones files."""
@@ -293,7 +311,9 @@ class NfsProvider(Provider):
     def snapshots(self) -> Iterator[StoredGroup]:
         """See Provider. A manifest that cannot be read is left out, with a warning."""
         with self._opened() as root:
-            for group in layout.groups(self._root):
+            for group in layout.groups(root):
+                if not layout.is_finished(root, group):
+                    continue
                 try:
                     manifest = layout.manifest(root, group)
                 except SnapshotNotFound as error:
@@ -302,12 +322,16 @@ class NfsProvider(Provider):
                 members = tuple(self._member(group, member) for member in manifest.members)
                 yield StoredGroup(group, manifest.cut_time, members, manifest.record.encode())
 
+    def leftovers(self) -> Iterator[str]:
+        """See Provider. What another gateway is at work on is none."""
+        with self._opened() as root:
+            for group in layout.groups(root):
+                if not layout.is_finished(root, group) and not locks.is_held(root, group):
+                    yield group
+
     def close(self) -> None:
         """See Provider."""
-        for group in list(self._reservations):
-            self._forget(group)
-        for group in list(self._reverts):
-            self._unlock(group)
+        self._ongoing.close()
         self._cutters.shutdown(wait=False)
 
     @contextmanager
@@ -328,7 +352,7 @@ class NfsProvider(Provider):
     def _clones(self, root: int) -> bool:
         device = os.fstat(root).st_dev
         if device not in self._can_clone:
-            self._can_clone[device] = copying.can_clone(self._root)
+            self._can_clone[device] = probing.can_clone(root)
         return self._can_clone[device]
 
     def _volume(self, root: int, name: str) -> Volume:
@@ -352,21 +376,14 @@ class NfsProvider(Provider):
         return reservation.member_of(stored, path, str(self._root / path))
 
     def _refuse_stored(self, root: int, group: str) -> None:
-        with layout.group_directory(root, group) as group_fd:
-            if group_fd is not None and layout.read(group_fd, layout.MANIFEST) is not None:
-                raise SnapshotExists(
-                    f"the storage has a snapshot {group} that this gateway's journal does not know: "
-                    "run `frostgate reconcile`, or choose another id",
-                    group=group,
-                )
-
-    def _forget(self, group: str) -> None:
-        with self._lock:
-            reserved = self._reservations.pop(group, None)
-        if reserved:
-            reserved.close()
-
-    def _unlock(self, group: str) -> None:
-        with self._lock:
-            held: list[int] = self._reverts.pop(group, [])
-        reverting.unlock(held)
+        if not layout.is_finished(root, group):
+            return
+        try:
+            layout.manifest(root, group)
+        except SnapshotNotFound as error:
+            raise SnapshotExists(f"{error.message}; look at it, remove it, or choose another id", group=group) from None
+        raise SnapshotExists(
+            f"the storage has a snapshot {group} that this gateway's journal does not know: "
+            "run `frostgate reconcile`, or choose another id",
+            group=group,
+        )

@@ -8,17 +8,17 @@ settle   copies what was only locked, fsyncs, and writes the manifest last
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import Executor
+from collections.abc import Collection, Sequence
+from concurrent.futures import Executor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged
-from providers.nfs import chains, copying, imagelock, layout, qcow2
-from providers.nfs.beneath import directory, open_beneath, open_volume
+from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged, VolumeNotFound
+from providers.nfs import chains, copying, imagelock, layout, locks, qcow2
+from providers.nfs.beneath import directory, open_beneath, open_file, open_volume
 from providers.nfs.images import Format, format_of, virtual_size
 
 Mode: TypeAlias = Literal["clone", "copy", "copy-inside"]
@@ -32,78 +32,90 @@ class Part:
     source: int
     target: int
     header: qcow2.Header | None = None
+    lost: bool = False
 
     def close(self) -> None:
         """Close both; ends the lock on the volume."""
         for descriptor in (self.source, self.target):
             if descriptor >= 0:
-                os.close(descriptor)
+                with suppress(OSError):  # late errors of writing: what counts was fsynced before, the rest is removed
+                    os.close(descriptor)
         self.source = self.target = -1
 
 
 @dataclass
 class Reservation:
-    """What is open for one group. Used by one thread at a time."""
+    """What is open for one group, and the locks that keep other gateways away. Used by one thread at a time."""
 
     spec: GroupSpec
-    root: int
-    directory: int
+    root: int = -1
+    directory: int = -1
     parts: list[Part] = field(default_factory=list)
     was_cut: bool = False
+    group_lock: locks.Held | None = None
+    volumes_lock: locks.Held | None = None
 
     def close(self) -> None:
         """Close everything; what is on the storage stays."""
         for part in self.parts:
             part.close()
         for descriptor in (self.root, self.directory):
-            with suppress(OSError):
-                os.close(descriptor)
+            if descriptor >= 0:
+                with suppress(OSError):  # nothing was written to them
+                    os.close(descriptor)
+        for lock in (self.volumes_lock, self.group_lock):
+            if lock:
+                lock.close()
+        self.root = self.directory = -1
         self.parts = []
 
 
 def reserve(
-    root_fd: int, spec: GroupSpec, default_format: Format, mounts: Sequence[Path], *, cloning: bool
+    root_fd: int,
+    spec: GroupSpec,
+    default_format: Format,
+    mounts: Sequence[Path],
+    *,
+    cloning: bool,
+    reverting: Collection[str] = (),
 ) -> Reservation:
-    """Open every volume, make its member file and keep its backing files.
+    """Open every volume, make its member file and keep its backing files. The caller has the group's lock.
 
-    `mounts` are the paths under which hypervisors and we see the root. The caller removes the group's directory when
-    this raises: VolumeNotFound, VolumeInUse, InvalidName, CapabilityMissing, PoolFull, OSError.
+    `mounts` are the paths under which hypervisors and we see the root; `reverting` volumes that this gateway is about
+    to revert: locked already. The caller removes the group's directory when this raises: VolumeNotFound, VolumeInUse,
+    InvalidName, CapabilityMissing, PoolFull, OSError.
     """
-    reservation: Reservation | None = None
-    sources: list[int] = []
-    stored: list[layout.StoredMember] = []
+    reservation = Reservation(spec)
     try:
+        names = [volume.name for volume in spec.volumes if volume.name not in reverting]
+        reservation.volumes_lock = locks.volumes(root_fd, names, reverting=False)
         for volume in spec.volumes:
             source = open_volume(root_fd, volume.name)
-            sources.append(source)
-            stored.append(_checked(source, volume.name, volume.format, spec.allow_copy, default_format, cloning))
+            try:
+                stored = _checked(source, volume.name, volume.format, spec.allow_copy, default_format, cloning)
+            except BaseException:
+                os.close(source)
+                raise
+            reservation.parts.append(Part(stored, source, -1))
         if not cloning:
-            _check_room(root_fd, sources)
-        layout.make_directory(root_fd, layout.SNAPSHOTS)
+            _check_room(root_fd, [part.source for part in reservation.parts])
         layout.make_directory(root_fd, layout.group_path(spec.group))
-        reservation = Reservation(
-            spec, os.dup(root_fd), open_beneath(root_fd, layout.group_path(spec.group), os.O_RDONLY | os.O_DIRECTORY)
-        )
-        for member, source in zip(stored, sources, strict=True):
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            target = open_beneath(reservation.directory, member.volume, flags, 0o600)
-            part = Part(member, source, target)
-            reservation.parts.append(part)
+        reservation.root = os.dup(root_fd)
+        reservation.directory = open_beneath(root_fd, layout.group_path(spec.group), os.O_RDONLY | os.O_DIRECTORY)
+        for part in reservation.parts:
+            member = part.stored
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            part.target = open_beneath(reservation.directory, member.volume, flags, 0o600)
             if member.format == "qcow2":
-                part.header = qcow2.header(source, member.volume)
-                with chains.opened(root_fd, member.volume, source, mounts) as backing:
+                part.header = qcow2.header(part.source, member.volume)
+                with chains.opened(root_fd, member.volume, part.source, mounts) as backing:
                     member.backing = chains.keep(reservation.directory, backing, cloning=cloning)
+        if cloning:
+            for part in reservation.parts:
+                os.fdatasync(part.source)  # a clone writes dirty pages back first: do that before the freeze
     except BaseException:
-        for descriptor in sources:
-            with suppress(OSError):
-                os.close(descriptor)
-        if reservation:
-            reservation.parts = [Part(part.stored, -1, part.target) for part in reservation.parts]
-            reservation.close()
+        reservation.close()
         raise
-    if cloning:
-        for source in sources:
-            os.fdatasync(source)  # a clone writes dirty pages back first: do that before the freeze
     return reservation
 
 
@@ -153,15 +165,19 @@ def cut(reservation: Reservation, executor: Executor) -> None:
     if len(parts) == 1:
         _cut_part(parts[0])
     else:
-        for done in [executor.submit(_cut_part, part) for part in parts]:
-            done.result()
+        done = [executor.submit(_cut_part, part) for part in parts]
+        wait(done)  # also when one fails: the caller closes what the others still work on
+        for future in done:
+            future.result()
     for part in parts:
         # a clone's own size: a qcow2 volume may have grown since
         part.stored.file_bytes = os.fstat(part.target if part.stored.mode == "clone" else part.source).st_size
         part.stored.mtime_ns = os.fstat(part.source).st_mtime_ns
-    cut_record = layout.Cut(members=[part.stored for part in parts])
+    cut_record = layout.Cut(members=[part.stored for part in parts], boot=layout.boot())
     layout.write(reservation.directory, layout.CUT, cut_record, durable=False)
     reservation.was_cut = True
+    if reservation.volumes_lock:
+        reservation.volumes_lock.close()
 
 
 def _cut_part(part: Part) -> None:
@@ -174,9 +190,12 @@ def _cut_part(part: Part) -> None:
 
 
 def _check_same_file(root_fd: int, part: Part) -> None:
-    """Raise VolumeChanged when the name is another file now, or has another size."""
+    """Raise VolumeNotFound when the name is gone, VolumeChanged when it is another file now or has another size."""
     volume = part.stored.volume
-    current = os.stat(volume, dir_fd=root_fd, follow_symlinks=False)
+    try:
+        current = os.stat(volume, dir_fd=root_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        raise VolumeNotFound(f"volume {volume} is gone since it was prepared", volume=volume) from None
     opened = os.fstat(part.source)
     if (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino):
         raise VolumeChanged(f"volume {volume} was replaced by another file since it was prepared", volume=volume)
@@ -198,21 +217,19 @@ def _check_header(part: Part, descriptor: int) -> None:
 
 
 def reopen(root_fd: int, group: str) -> Reservation:
-    """Return the reservation of a group that was cut before this process started.
+    """Return the reservation of a group that was cut before this process started. The caller has the group's lock.
 
-    Raises VolumeChanged when the cut did not survive: its record is missing, or a volume that was still to be
-    copied was written to since.
+    Raises VolumeChanged when the cut did not survive: its record is missing, this host was booted since and not all
+    of it was on the disk, or a volume that was still to be copied was written to.
     """
     lost = VolumeChanged(f"the cut of {group} did not survive the restart", group=group)
-    with layout.group_directory(root_fd, group) as group_fd:
-        found = None if group_fd is None else layout.read(group_fd, layout.CUT)
-        if group_fd is None or found is None:
-            raise lost
-        members = layout.Cut.model_validate(found).members
-        reservation = Reservation(GroupSpec(group, ()), os.dup(root_fd), os.dup(group_fd), was_cut=True)
+    reservation = Reservation(GroupSpec(group, ()), was_cut=True)
     try:
+        with directory(layout.group_path(group), root_fd) as group_fd:
+            members = _what_was_cut(group_fd)
+            reservation.root, reservation.directory = os.dup(root_fd), os.dup(group_fd)
         for member in members:
-            target = open_beneath(reservation.directory, member.volume, os.O_RDWR)
+            target = open_file(reservation.directory, member.volume, os.O_RDWR)
             part = Part(member, -1, target)
             reservation.parts.append(part)
             if member.mode == "copy":
@@ -221,13 +238,21 @@ def reopen(root_fd: int, group: str) -> Reservation:
                 _check_unwritten(part)
             else:
                 _check_whole(part, lost)
-    except FileNotFoundError:
+    except (FileNotFoundError, layout.Damaged):
         reservation.close()
         raise lost from None
     except BaseException:
         reservation.close()
         raise
     return reservation
+
+
+def _what_was_cut(group_fd: int) -> list[layout.StoredMember]:
+    """Raise Damaged when it did not survive, OSError."""
+    found = layout.read(group_fd, layout.CUT, layout.Cut)
+    if found is None or found.boot not in ("", layout.boot()):
+        raise layout.Damaged("no cut of this boot")
+    return found.members
 
 
 def _check_whole(part: Part, lost: VolumeChanged) -> None:
@@ -248,6 +273,8 @@ def settle(reservation: Reservation, cut_time: datetime, record: str, progress: 
 
     Raises VolumeChanged, PoolFull, Cancelled, OSError.
     """
+    if any(part.lost for part in reservation.parts):
+        raise VolumeChanged(f"the storage could not write what was cut for {reservation.spec.group}")
     copied = [part for part in reservation.parts if part.stored.mode == "copy"]
     total = sum(os.fstat(part.source).st_blocks * 512 for part in copied)
     done = 0
@@ -258,24 +285,52 @@ def settle(reservation: Reservation, cut_time: datetime, record: str, progress: 
         progress(min(done, total), total)
 
     progress(0, total)
+    if copied:
+        _keep_sources(reservation, copied)
     for part in copied:
         copying.copy(part.source, part.target, report)
         _check_unwritten(part)
     for part in reservation.parts:
         os.fchmod(part.target, 0o400)
-        os.fsync(part.target)
+        _sync(reservation, part)
         if part.stored.format == "qcow2":
             _check_header(part, part.target)
         chains.settle(reservation.directory, part.stored)
         part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.format)
-    with directory(layout.SNAPSHOTS, reservation.root) as snapshots_fd:
-        os.fsync(snapshots_fd)
+    # the names, from the members' up: when the manifest's is there, so are theirs
+    os.fsync(reservation.directory)
+    layout.sync_snapshots(reservation.root)
     os.fsync(reservation.root)
     members = [part.stored for part in reservation.parts]
     manifest = layout.Manifest(group=reservation.spec.group, cut_time=cut_time, members=members, record=record)
     layout.write(reservation.directory, layout.MANIFEST, manifest)
     layout.remove(reservation.directory, layout.CUT)
     return manifest
+
+
+def _keep_sources(reservation: Reservation, copied: Sequence[Part]) -> None:
+    """Let the cut outlive a power cut while it is copied, when nothing else is lost with it.
+
+    The volumes are locked and unwritten: what they were at the cut is in them, once it is on the disk.
+    """
+    for part in copied:
+        os.fsync(part.source)
+    if len(copied) == len(reservation.parts) and not any(part.stored.backing for part in copied):
+        os.fsync(reservation.directory)
+        layout.sync_snapshots(reservation.root)
+        os.fsync(reservation.root)
+        layout.write(reservation.directory, layout.CUT, layout.Cut(members=[part.stored for part in copied]))
+
+
+def _sync(reservation: Reservation, part: Part) -> None:
+    """Make a member durable. What the system could not write it forgets, and says so once: then the cut is lost."""
+    try:
+        os.fsync(part.target)
+    except OSError:
+        if part.stored.mode != "copy":
+            layout.remove(reservation.directory, layout.CUT)
+            part.lost = True
+        raise
 
 
 def member_of(stored: layout.StoredMember, handle: str = "", local_path: str = "") -> Member:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from providers.base import CapabilityMissing, PoolFull, ReportProgress, VolumeNotFound
+from providers.base import CapabilityMissing, PoolFull, ReportProgress, SnapshotNotFound, VolumeNotFound
 from providers.nfs import imagelock, layout, restoring
 from providers.nfs.beneath import directory, open_beneath, open_volume
 
@@ -43,7 +43,7 @@ def unlock(held: Sequence[int]) -> None:
 def stage(
     root_fd: int, group: str, volumes: Sequence[str], progress: ReportProgress, *, cloning: bool, instant: bool
 ) -> None:
-    """Make complete, durable files beside the snapshot, ready to be renamed. Repeatable.
+    """Make complete, durable files beside the snapshot, ready to be renamed. Repeatable; all or nothing.
 
     `instant` refuses what takes longer the larger it is. Raises SnapshotNotFound, SnapshotDamaged, PoolFull,
     CapabilityMissing, Cancelled, OSError.
@@ -59,16 +59,17 @@ def stage(
                 "these snapshots have to be copied back; revert without asking for an instant way", group=group
             )
         layout.remove_tree(group_fd, layout.REVERT)
-        layout.make_directory(group_fd, layout.REVERT)
-        with directory(layout.REVERT, group_fd) as staging_fd:
-            try:
+        try:
+            layout.make_directory(group_fd, layout.REVERT)
+            with directory(layout.REVERT, group_fd) as staging_fd:
                 _fill(root_fd, staging_fd, sources, progress, cloning)
-            except BaseException:
-                layout.remove_tree(group_fd, layout.REVERT)
-                raise
-            staged = layout.Cut(members=[restoring.needs(source) for source in sources])
-            layout.write(staging_fd, _STAGED, staged)
-        os.fsync(group_fd)
+                os.fsync(staging_fd)
+                staged = layout.Cut(members=[restoring.needs(source) for source in sources])
+                layout.write(staging_fd, _STAGED, staged)
+            os.fsync(group_fd)
+        except BaseException:
+            layout.remove_tree(group_fd, layout.REVERT)
+            raise
 
 
 def _fill(
@@ -113,18 +114,34 @@ def _attributes(root_fd: int, member: layout.StoredMember) -> layout.Attributes:
 
 
 def swap(root_fd: int, group: str) -> None:
-    """Rename what is staged into place. Repeatable: what was renamed before is not there any more."""
+    """Rename what is staged into place. Repeatable: what was renamed before is not there any more.
+
+    Raises SnapshotNotFound when what was staged is lost, OSError.
+    """
     with layout.group_directory(root_fd, group) as group_fd:
         if group_fd is None:
-            return
+            raise SnapshotNotFound(f"the storage has no snapshot {group} to go on reverting to", group=group)
         with suppress(FileNotFoundError), directory(layout.REVERT, group_fd) as staging_fd:
-            staged = layout.read(staging_fd, _STAGED)
-            for member in layout.Cut.model_validate(staged).members if staged else []:
+            for member in _staged(staging_fd, group):
                 restoring.put_back(root_fd, group_fd, member)
                 with suppress(FileNotFoundError):
                     os.rename(member.volume, member.volume, src_dir_fd=staging_fd, dst_dir_fd=root_fd)
             os.fsync(root_fd)
         layout.remove_tree(group_fd, layout.REVERT)
+
+
+def _staged(staging_fd: int, group: str) -> list[layout.StoredMember]:
+    """Return what is staged; nothing when they were all renamed and only the directory is left."""
+    lost = f"what was staged to revert to {group} is lost; revert again"
+    try:
+        staged = layout.read(staging_fd, _STAGED, layout.Cut)
+    except layout.Damaged as error:
+        raise SnapshotNotFound(f"{lost}: {error}", group=group) from None
+    if staged:
+        return staged.members
+    if any(not name.startswith(".") for name in os.listdir(staging_fd)):
+        raise SnapshotNotFound(lost, group=group)
+    return []
 
 
 def abort(root_fd: int, group: str) -> None:

@@ -42,8 +42,8 @@ def frozen_tick(cloud: Cloud) -> int:
 
 def assert_nothing_is_left(cloud: Cloud, group: str) -> None:
     deadline = time.monotonic() + 10
-    while (cloud.pool / ".frostgate").exists():
-        assert time.monotonic() < deadline, os.listdir(cloud.pool / ".frostgate")
+    while (left := os.listdir(cloud.pool / ".frostgate")) != [".lock"]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert cloud.gateway.cli("snapshot", "show", group).returncode == 3
     assert cloud.machine.fsfreeze_status() == "thawed"

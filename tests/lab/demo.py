@@ -102,10 +102,11 @@ def snapshot_and_revert(gateway: GatewayProcess, hypervisor: Hypervisor, machine
 
     with step("frostgate vm delete") as done:
         frostgate(gateway, hypervisor, "vm", "delete", snapshot["id"], safety, "--yes")
-        left = sorted(path.name for path in pool.iterdir())
-        if left != [f"{VM}-a.raw", f"{VM}-b.raw"]:
+        disks = [f"{VM}-a.raw", f"{VM}-b.raw"]
+        left = sorted(str(path.relative_to(pool)) for path in pool.rglob("*"))
+        if left != [".frostgate", ".frostgate/.lock", *disks]:
             raise AssertionError(f"left in the pool: {left}")
-        done(f"in the pool are {', '.join(left)} and nothing else")
+        done(f"in the pool are {', '.join(disks)}, and the lock file that stays")
 
 
 def frostgate(gateway: GatewayProcess, hypervisor: Hypervisor, *words: str) -> str:

@@ -1,0 +1,146 @@
+"""Locks between the gateways that share a pool: nobody works on a group, or reverts a volume, that another works on.
+
+They are open-file-description locks on single bytes of `.frostgate/.lock`, one byte a name (its SHA-256 says which),
+so nothing of them has to be cleaned up: the kernel, or over NFSv4 the server, ends them with the process that has
+them. The file stays, because a lock on a file that was removed excludes nobody. A file system without locks excludes
+nobody either (NFSv3 mounted with nolock).
+
+    a group    exclusively, by whoever makes, settles, describes, reverts to or deletes it
+    a volume   shared from prepare to the cut; exclusively from the staging of a revert to its end
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from providers.base import GroupBusy, PoolUnavailable, VolumeInUse
+from providers.nfs import imagelock, layout
+from providers.nfs.beneath import directory, open_beneath
+
+_LOCK = ".lock"
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+
+
+class Held:
+    """Locks that last until close()."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Take a descriptor of the lock file, over."""
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """End the locks. Repeatable."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):  # nothing was written; on a stale mount the server has ended them already
+                os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        """Enter: itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Exit: close()."""
+        self.close()
+
+
+def group(root_fd: int, name: str, *, shared: bool = False) -> Held:
+    """Keep other gateways from a group; `shared` only from changing or removing it.
+
+    Makes `.frostgate`. Raises GroupBusy, OSError.
+    """
+    try:
+        return _lock(root_fd, [f"group:{name}"], exclusive=not shared)
+    except BlockingIOError:
+        raise GroupBusy(
+            f"another gateway of this pool works on group snapshot {name}; try again later", group=name
+        ) from None
+
+
+def volumes(root_fd: int, names: Sequence[str], *, reverting: bool) -> Held:
+    """Keep other gateways from reverting volumes and, when they are to be reverted here, from snapshots of them.
+
+    Raises VolumeInUse, OSError.
+    """
+    for_error = ", ".join(names)
+    try:
+        return _lock(root_fd, [f"volume:{name}" for name in names], exclusive=reverting)
+    except BlockingIOError:
+        raise VolumeInUse(
+            f"another gateway of this pool is at work on a volume of {for_error}; try again later",
+            volume=for_error,
+            users="another gateway",
+        ) from None
+
+
+def probing(root_fd: int) -> Held:
+    """Wait until no other gateway tries what the file system can. Raises OSError."""
+    return _lock(root_fd, ["probe"], exclusive=True, wait=True)
+
+
+def is_held(root_fd: int, name: str) -> bool:
+    """Tell whether somebody, ourselves included, works on a group. Raises OSError."""
+    try:
+        descriptor = open_beneath(root_fd, f"{layout.SNAPSHOTS}/{_LOCK}", os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        return imagelock.is_locked(descriptor, _byte(f"group:{name}"))
+    finally:
+        os.close(descriptor)
+
+
+def _lock(root_fd: int, names: Sequence[str], *, exclusive: bool, wait: bool = False) -> Held:
+    """Take all or none. Raises BlockingIOError when somebody has one of them, OSError."""
+    layout.make_directory(root_fd, layout.SNAPSHOTS)
+    with directory(layout.SNAPSHOTS, root_fd) as snapshots_fd:
+        while True:
+            descriptor = _open(snapshots_fd)
+            try:
+                for byte in sorted(map(_byte, names)):
+                    imagelock.lock(descriptor, byte, exclusive=exclusive, wait=wait)
+                if _is_current(snapshots_fd, descriptor):
+                    return Held(descriptor)
+            except OSError as error:
+                if error.errno in imagelock.NO_LOCKS:
+                    return Held(descriptor)
+                os.close(descriptor)
+                if error.errno in _TAKEN:
+                    raise BlockingIOError(errno.EAGAIN, "locked by another gateway") from None
+                raise
+            os.close(descriptor)  # somebody removed `.frostgate` meanwhile: lock what the others lock
+
+
+def _open(snapshots_fd: int) -> int:
+    try:
+        descriptor = open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_NONBLOCK)
+    except FileNotFoundError:
+        descriptor = open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        # a power cut of the server alone must not take the file away from those who have locked it
+        os.fsync(snapshots_fd)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PoolUnavailable(f"{layout.SNAPSHOTS}/{_LOCK} is not a regular file; remove it")
+    return descriptor
+
+
+def _is_current(snapshots_fd: int, descriptor: int) -> bool:
+    try:
+        current = os.stat(_LOCK, dir_fd=snapshots_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (current.st_dev, current.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _byte(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]) >> 2
