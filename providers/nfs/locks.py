@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -26,6 +27,9 @@ from providers.nfs.beneath import directory, open_beneath
 
 _LOCK = ".lock"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
+_PATIENCE_S = 1.0
+"""How long somebody may have a lock before he is said to: a verb of a moment, or a process of ours that has been
+forked and has not yet closed what it must not have."""
 
 
 class Held:
@@ -102,6 +106,7 @@ def is_held(root_fd: int, name: str) -> bool:
 def _lock(root_fd: int, names: Sequence[str], *, exclusive: bool, wait: bool = False) -> Held:
     """Take all or none. Raises BlockingIOError when somebody has one of them, OSError."""
     layout.make_directory(root_fd, layout.SNAPSHOTS)
+    deadline = time.monotonic() + _PATIENCE_S
     with directory(layout.SNAPSHOTS, root_fd) as snapshots_fd:
         while True:
             descriptor = _open(snapshots_fd)
@@ -114,9 +119,12 @@ def _lock(root_fd: int, names: Sequence[str], *, exclusive: bool, wait: bool = F
                 if error.errno in imagelock.NO_LOCKS:
                     return Held(descriptor)
                 os.close(descriptor)
-                if error.errno in _TAKEN:
+                if error.errno not in _TAKEN:
+                    raise
+                if time.monotonic() > deadline:
                     raise BlockingIOError(errno.EAGAIN, "locked by another gateway") from None
-                raise
+                time.sleep(0.02)
+                continue
             os.close(descriptor)  # somebody removed `.frostgate` meanwhile: lock what the others lock
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from providers.nfs import layout, locks, reverting
 from providers.nfs.reservation import Reservation, reopen
@@ -27,6 +28,7 @@ class Ongoing:
         self._lock = threading.Lock()
         self._reservations: dict[str, Reservation] = {}
         self._reverts: dict[str, Revert] = {}
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def reservation(self, group: str) -> Reservation | None:
         """Return what prepare() left open."""
@@ -46,7 +48,7 @@ class Ongoing:
         """
         reserved = self.reservation(group)
         if reserved is None and not layout.is_finished(root_fd, group):
-            lock = locks.group(root_fd, group)
+            lock = self.lock(root_fd, group)
             try:
                 reserved = reopen(root_fd, group)
             except BaseException:
@@ -71,7 +73,7 @@ class Ongoing:
             if group in self._reverts:
                 return
         with ExitStack() as held:
-            held.enter_context(locks.group(root_fd, group))
+            held.enter_context(self.lock(root_fd, group))
             held.enter_context(locks.volumes(root_fd, volumes, reverting=True))
             held.callback(reverting.unlock, reverting.lock(root_fd, volumes))
             with self._lock:
@@ -89,14 +91,26 @@ class Ongoing:
         with self._lock:
             return frozenset().union(*(revert.volumes for revert in self._reverts.values()))
 
-    def locked(self, root_fd: int, group: str) -> AbstractContextManager[object]:
-        """Return the lock of a group, for a verb that may run while this gateway has it for a revert.
+    def lock(self, root_fd: int, group: str) -> locks.Held:
+        """Return the lock of a group, after waiting for a short verb of our own. Raises GroupBusy, OSError."""
+        with self._turn(group):
+            return locks.group(root_fd, group)
 
-        Raises GroupBusy, OSError.
+    @contextmanager
+    def locked(self, root_fd: int, group: str) -> Iterator[None]:
+        """Have the lock of a group for one verb; that of a revert that this gateway has under way is good for it too.
+
+        Two such verbs of our own wait for each other. Raises GroupBusy, OSError.
         """
+        with self._turn(group):
+            with self._lock:
+                ours = group in self._reverts
+            with nullcontext() if ours else locks.group(root_fd, group):
+                yield
+
+    def _turn(self, group: str) -> threading.Lock:
         with self._lock:
-            ours = group in self._reverts
-        return nullcontext() if ours else locks.group(root_fd, group)
+            return self._turns.setdefault(group, threading.Lock())
 
     def close(self) -> None:
         """Let go of everything."""

@@ -171,7 +171,7 @@ class NfsProvider(Provider):
             return [reservation.member_of(part.stored) for part in earlier.parts]
         self._ongoing.forget(spec.group)
         with self._opened() as root, ExitStack() as held:
-            lock = held.enter_context(locks.group(root, spec.group))
+            lock = held.enter_context(self._ongoing.lock(root, spec.group))
             self._refuse_stored(root, spec.group)
             if layout.is_there(root, spec.group):
                 layout.remove_group(root, spec.group)  # by a gateway that died
@@ -236,7 +236,7 @@ class NfsProvider(Provider):
             if not layout.is_there(root, group):
                 layout.sync_snapshots(root)  # so that a repeat of one that failed is durable too
                 return
-            with locks.group(root, group):
+            with self._ongoing.locked(root, group):
                 if not layout.is_finished(root, group):
                     layout.remove_group(root, group)
 
@@ -249,7 +249,7 @@ class NfsProvider(Provider):
             if not layout.is_there(root, group):
                 layout.sync_snapshots(root)
                 return
-            with locks.group(root, group):
+            with self._ongoing.locked(root, group):
                 layout.remove_group(root, group)
 
     def prepare_revert(
@@ -283,7 +283,7 @@ class NfsProvider(Provider):
         self._ongoing.end_revert(group)
         with self._opened() as root:
             if layout.is_there(root, group):
-                with locks.group(root, group):
+                with self._ongoing.locked(root, group):
                     reverting.abort(root, group)
 
     def clone(self, group: str, volume: str, target: str, progress: ReportProgress) -> Volume:
