@@ -70,6 +70,7 @@ def clone(
         assert group_fd is not None  # noqa: S101 - its manifest was just read
         made = _made(group_fd)
         if _exists(root_fd, target, volume, made):
+            os.fsync(root_fd)  # it may have failed after the link
             return
         with restoring.sources(root_fd, group_fd, [member]) as (source,), _new_file(group_fd) as (new, path):
             _fill(root_fd, source, new, progress, cloning)
@@ -141,8 +142,10 @@ def _taken(target: str) -> VolumeExists:
 
 
 def _made(group_fd: int) -> Clones:
-    found = layout.read(group_fd, _CLONES)
-    return Clones.model_validate(found) if found else Clones()
+    try:
+        return layout.read(group_fd, _CLONES, Clones) or Clones()
+    except layout.Damaged:
+        return Clones()  # what it knew of is another's volume now, and stays
 
 
 def _still_there(root_fd: int, made: Clones, target: str) -> Clones:

@@ -5,7 +5,8 @@ so nothing of them has to be cleaned up: the kernel, or over NFSv4 the server, e
 them. The file stays, because a lock on a file that was removed excludes nobody. A file system without locks excludes
 nobody either (NFSv3 mounted with nolock).
 
-    a group    exclusively, by whoever makes, settles, describes, reverts to or deletes it
+    a group    exclusively, by whoever makes, settles, reverts to or deletes it; shared by who clones or describes it,
+               which only one does at a time
     a volume   shared from prepare to the cut; exclusively from the staging of a revert to its end
 """
 
@@ -57,17 +58,27 @@ class Held:
         self.close()
 
 
-def group(root_fd: int, name: str, *, shared: bool = False) -> Held:
-    """Keep other gateways from a group; `shared` only from changing or removing it.
+def group(root_fd: int, name: str) -> Held:
+    """Keep other gateways from a group. Makes `.frostgate`. Raises GroupBusy, OSError."""
+    try:
+        return _lock(root_fd, exclusive=[f"group:{name}"])
+    except BlockingIOError:
+        raise _busy(name) from None
+
+
+def within_group(root_fd: int, name: str, work: str, *, is_ours: bool) -> Held:
+    """Keep other gateways from removing a group, and from the same work on it; `is_ours` when the group is locked.
 
     Makes `.frostgate`. Raises GroupBusy, OSError.
     """
     try:
-        return _lock(root_fd, [f"group:{name}"], exclusive=not shared)
+        return _lock(root_fd, shared=[] if is_ours else [f"group:{name}"], exclusive=[f"{work}:{name}"])
     except BlockingIOError:
-        raise GroupBusy(
-            f"another gateway of this pool works on group snapshot {name}; try again later", group=name
-        ) from None
+        raise _busy(name) from None
+
+
+def _busy(name: str) -> GroupBusy:
+    return GroupBusy(f"another gateway of this pool works on group snapshot {name}; try again later", group=name)
 
 
 def volumes(root_fd: int, names: Sequence[str], *, reverting: bool) -> Held:
@@ -77,7 +88,8 @@ def volumes(root_fd: int, names: Sequence[str], *, reverting: bool) -> Held:
     """
     for_error = ", ".join(names)
     try:
-        return _lock(root_fd, [f"volume:{name}" for name in names], exclusive=reverting)
+        keys = [f"volume:{name}" for name in names]
+        return _lock(root_fd, exclusive=keys) if reverting else _lock(root_fd, shared=keys)
     except BlockingIOError:
         raise VolumeInUse(
             f"another gateway of this pool is at work on a volume of {for_error}; try again later",
@@ -88,7 +100,7 @@ def volumes(root_fd: int, names: Sequence[str], *, reverting: bool) -> Held:
 
 def probing(root_fd: int) -> Held:
     """Wait until no other gateway tries what the file system can. Raises OSError."""
-    return _lock(root_fd, ["probe"], exclusive=True, wait=True)
+    return _lock(root_fd, exclusive=["probe"], wait=True)
 
 
 def is_held(root_fd: int, name: str) -> bool:
@@ -103,7 +115,7 @@ def is_held(root_fd: int, name: str) -> bool:
         os.close(descriptor)
 
 
-def _lock(root_fd: int, names: Sequence[str], *, exclusive: bool, wait: bool = False) -> Held:
+def _lock(root_fd: int, *, shared: Sequence[str] = (), exclusive: Sequence[str] = (), wait: bool = False) -> Held:
     """Take all or none. Raises BlockingIOError when somebody has one of them, OSError."""
     layout.make_directory(root_fd, layout.SNAPSHOTS)
     deadline = time.monotonic() + _PATIENCE_S
@@ -111,8 +123,10 @@ def _lock(root_fd: int, names: Sequence[str], *, exclusive: bool, wait: bool = F
         while True:
             descriptor = _open(snapshots_fd)
             try:
-                for byte in sorted(map(_byte, names)):
-                    imagelock.lock(descriptor, byte, exclusive=exclusive, wait=wait)
+                for name in shared:
+                    imagelock.lock(descriptor, _byte(name))
+                for name in exclusive:
+                    imagelock.lock(descriptor, _byte(name), exclusive=True, wait=wait)
                 if _is_current(snapshots_fd, descriptor):
                     return Held(descriptor)
             except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -98,15 +98,23 @@ class Ongoing:
 
     @contextmanager
     def locked(self, root_fd: int, group: str) -> Iterator[None]:
-        """Have the lock of a group for one verb; that of a revert that this gateway has under way is good for it too.
+        """Have a group for one verb. Verbs of our own that are short wait for each other. Raises GroupBusy, OSError."""
+        with self._turn(group), locks.group(root_fd, group):
+            yield
 
-        Two such verbs of our own wait for each other. Raises GroupBusy, OSError.
-        """
-        with self._turn(group):
-            with self._lock:
-                ours = group in self._reverts
-            with nullcontext() if ours else locks.group(root_fd, group):
-                yield
+    @contextmanager
+    def describing(self, root_fd: int, group: str) -> Iterator[None]:
+        """Have a group to write its record, also during a revert or clone of our own. Raises GroupBusy, OSError."""
+        with self._turn(group), locks.within_group(root_fd, group, "describe", is_ours=self._reverts_to(group)):
+            yield
+
+    def cloning(self, root_fd: int, group: str) -> locks.Held:
+        """Keep a group while a volume is made of it, also during a revert of our own. Raises GroupBusy, OSError."""
+        return locks.within_group(root_fd, group, "clone", is_ours=self._reverts_to(group))
+
+    def _reverts_to(self, group: str) -> bool:
+        with self._lock:
+            return group in self._reverts
 
     def _turn(self, group: str) -> threading.Lock:
         with self._lock:

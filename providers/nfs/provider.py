@@ -224,7 +224,7 @@ class NfsProvider(Provider):
         """See Provider."""
         with self._opened() as root:
             layout.manifest(root, group)  # before the lock: it makes `.frostgate`
-            with self._ongoing.locked(root, group):
+            with self._ongoing.describing(root, group):
                 manifest = layout.manifest(root, group)
                 with directory(layout.group_path(group), root) as group_fd:
                     layout.write(group_fd, layout.MANIFEST, manifest.model_copy(update={"record": record.decode()}))
@@ -290,7 +290,9 @@ class NfsProvider(Provider):
         """See Provider. At once where the file system clones files."""
         with self._opened() as root:
             default = self._options.default_format
-            cloning.clone(root, group, volume, target, default, progress, cloning=self._clones(root))
+            layout.manifest(root, group)  # before the lock: it makes `.frostgate`
+            with self._ongoing.cloning(root, group):
+                cloning.clone(root, group, volume, target, default, progress, cloning=self._clones(root))
             return self._volume(root, target)
 
     def open(self, group: str, volume: str) -> BlockReader:
