@@ -90,11 +90,12 @@ def remove(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
         if not running:
             break
         kill(running)
+    # before the mounts, too: the file below a device in a file system that is unmounted lazily cannot be named any more
+    _detach(loop_devices(state_dir))
     for point in mounts(state_dir):
         if subprocess.run(["umount", point], check=False, capture_output=True).returncode != 0:
             subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
-    for device in loop_devices(state_dir):
-        subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
+    _detach(loop_devices(state_dir))
     _wait_detached(state_dir)
     left = [f"process {pid}" for pid in processes(state_dir)]
     left += [f"mount {point}" for point in mounts(state_dir)]
@@ -103,6 +104,11 @@ def remove(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
         shutil.rmtree(state_dir, ignore_errors=True)
         left += [f"directory {state_dir}"] if state_dir.exists() else []
     return left
+
+
+def _detach(devices: Iterable[Path]) -> None:
+    for device in devices:
+        subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
 
 
 def _wait_detached(state_dir: Path, timeout_s: float = 5.0) -> None:

@@ -54,13 +54,13 @@ class Options:
     loop: bool
     latency_s: float
     admin: bool
+    verbose: bool
 
 
-def main() -> None:
-    """The program."""
-    typer.run(run)
+main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@main.command()
 def run(
     directory: Annotated[Path, typer.Option(help="Where everything is kept; made when missing.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT of the API; port 0 takes a free one.")] = "127.0.0.1:8181",
@@ -85,10 +85,6 @@ def run(
     DIRECTORY/dev/storpool-byid/GLOBALID. Everything survives a restart with the same --directory. Prints what to put
     into the environment or /etc/storpool.conf, and a pool for Frostgate's configuration.
     """
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT, such as 127.0.0.1:8181", param_hint="--listen")
@@ -112,15 +108,19 @@ def run(
         )
         for name, found in names.items()
     )
+    failed: list[BaseException] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         directory = directory.resolve()
         with _alone(directory):
             secret = _token(directory, token, token_file)
-            serve(Options(directory, host, int(port), secret, settings, loop, latency_ms / 1000, admin))
-    except OSError as error:
+            serve(Options(directory, host, int(port), secret, settings, loop, latency_ms / 1000, admin, verbose))
+    except* OSError as errors:
+        failed = list(_leaves(errors))
+    for error in failed:
         print(f"frostgate-storpool-sim: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    if failed:
+        raise typer.Exit(1)
 
 
 def serve(options: Options) -> None:
@@ -134,6 +134,7 @@ def serve(options: Options) -> None:
         cluster.show_devices()
     api = Api(clusters, options.token, latency_s=options.latency_s, admin=options.admin)
     server = _bound(options, api)
+    _log_to_stderr(options.verbose)
     devices.images.mkdir(exist_ok=True)
     mount_options = {"fsname=storpool-sim", "subtype=storpool-sim", *(["allow_other"] if os.geteuid() == 0 else [])}
     pyfuse3.init(DeviceFiles(devices, clusters.of), str(devices.images), mount_options)
@@ -149,21 +150,23 @@ def serve(options: Options) -> None:
 
 
 async def _serve(options: Options, devices: Devices, server: Server, reclaimer: Reclaimer) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_answer_kernel, nursery.cancel_scope)
+    token, asked_to_stop = trio.lowlevel.current_trio_token(), trio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # not trio's receiver, which delivers anew what comes while all is taken down, and so kills us before it is
+        signal.signal(number, lambda _number, _frame: token.run_sync_soon(asked_to_stop.set))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_answer_kernel, nursery.cancel_scope)
+        try:
             await trio.to_thread.run_sync(devices.begin)
             server.start()
             reclaimer.start()
             _announce(options, server.server_address[1])
-            try:
-                async for _ in signals:
-                    break
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(server.stop)
-                    await trio.to_thread.run_sync(devices.end)
-            nursery.cancel_scope.cancel()
+            await asked_to_stop.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(server.stop)
+                await trio.to_thread.run_sync(devices.end)
+        nursery.cancel_scope.cancel()
 
 
 async def _answer_kernel(whole: trio.CancelScope) -> None:
@@ -177,6 +180,14 @@ def _other_cluster(given: str) -> tuple[str, str]:
     if not name or not found:
         raise typer.BadParameter(f"{given!r} is not NAME=ID, such as backup=sim.c", param_hint="--other-cluster")
     return name, cluster_id
+
+
+def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 @contextmanager
@@ -224,8 +235,15 @@ def _announce(options: Options, port: Any) -> None:
     new.touch(0o600)
     new.write_text("\n".join([*lines, f"SP_OURID={options.settings[0].client}", ""]))
     new.rename(conf)
-    print("\n".join(f"export {line}" for line in lines))
-    print(_POOL.format(template=options.settings[0].template, directory=options.directory), flush=True)
+    exports = "".join(f"export {line}\n" for line in lines)
+    print(exports + _POOL.format(template=options.settings[0].template, directory=options.directory), flush=True)
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def _allow_open_files() -> None:

@@ -113,15 +113,18 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], api: Api) -> None:
         """Bind. Raises OSError when the address is taken."""
         self.api = api
+        self._thread: threading.Thread | None = None
         super().__init__(address, _Request)
 
     def start(self) -> None:
         """Answer from now on."""
-        threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
+        self._thread = threading.Thread(target=self.serve_forever, name="http", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Answer no more."""
-        self.shutdown()
+        """Answer no more. Also when it was not started."""
+        if self._thread is not None:
+            self.shutdown()
         self.server_close()
 
 
