@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from providers.nfs import copying, fiemap
-from tests.conformance.conftest import FILES, Bench
+from tests.conformance.conftest import Bench
 from tests.conformance.storages import MIB, Directory
 from tests.conformance.test_changes import Extents, changed
 from tests.lab import state
@@ -62,8 +62,18 @@ def blocks_of(extents: Extents) -> set[int]:
     return {block for offset, length in extents for block in range(offset // BLOCK * BLOCK, offset + length, BLOCK)}
 
 
-@FILES
-@pytest.mark.parametrize("kind", ["raw", "qcow2", "small clusters", "on a template"])
+@pytest.mark.parametrize(
+    ("storage", "kind"),
+    [
+        ("nfs-ext4", "raw"),
+        ("nfs-ext4", "on a template"),
+        ("nfs-xfs", "raw"),
+        ("nfs-xfs", "qcow2"),
+        ("nfs-xfs", "small clusters"),
+        ("nfs-xfs", "on a template"),
+    ],
+    indirect=["storage"],
+)
 def test_what_is_told_is_exactly_what_differs(bench: Bench, kind: str) -> None:
     chance = random.Random(kind)
     assert isinstance(bench.storage, Directory)
@@ -84,12 +94,12 @@ def test_what_is_told_is_exactly_what_differs(bench: Bench, kind: str) -> None:
         command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 42 0 {UNTOUCHED}", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     groups, contents = [], []
-    for _ in range(4):
+    for _ in range(3):
         (scribble if kind == "raw" else scribble_qcow2)(path, chance)
         groups.append(bench.id())
         bench.take(groups[-1], volume)
         contents.append(bench.read(groups[-1], volume))
-    for older, newer in ((0, 1), (1, 2), (0, 3), (3, 1)):
+    for older, newer in ((0, 1), (1, 2), (2, 0)):
         differing = different_blocks(contents[older], contents[newer])
         exact = changed(bench, groups[newer], volume, groups[older])
         assert blocks_of(exact) == differing
