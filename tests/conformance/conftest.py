@@ -36,6 +36,12 @@ COMPARING = CLONING
 FILES = pytest.mark.parametrize("storage", ["nfs-ext4", "nfs-xfs"], indirect=True)
 """For tests of what only files can be or do."""
 
+EXT4 = pytest.mark.parametrize("storage", ["nfs-ext4"], indirect=True)
+"""For those where files are copied."""
+
+XFS = pytest.mark.parametrize("storage", ["nfs-xfs"], indirect=True)
+"""For those where they are cloned, and where it makes no difference."""
+
 
 class Bench:
     """A storage, the gateway before it, and short words for what tests do all the time."""

@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 
 from frostgate.v1 import snapshot_provider_pb2 as rpc
-from tests.conformance.conftest import FILES, Bench, refused
+from tests.conformance.conftest import EXT4, FILES, XFS, Bench, refused
 from tests.conformance.storages import MIB, Directory
 from tests.gateway_process import error_info
 from tests.lab.disk import allocated_ranges, sha256
-
-EXT4 = pytest.mark.parametrize("storage", ["nfs-ext4"], indirect=True)
-XFS = pytest.mark.parametrize("storage", ["nfs-xfs"], indirect=True)
 
 
 def root_of(bench: Bench, pool: str = "main") -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.conftest import Bench, refused
-from tests.conformance.test_qcow2 import XFS, directory, on_template, qemu_img, volume_of
+from tests.conformance.conftest import XFS, Bench, refused
+from tests.conformance.test_qcow2 import directory, on_template, qemu_img, volume_of
 from tests.gateway_process import error_info
 from tests.lab.disk import sha256
 
