@@ -7,6 +7,7 @@ template's deletion. What a linked one would not survive, writing into it in pla
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from providers.nfs.images import FORMATS
 from providers.nfs.qemu import Image
 
 _MOST_FILES = 32
+_NO_LINK = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)  # EPERM also for what chattr +i made immutable
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,16 @@ def _keep(backing_fd: int, name: str, backing: Backing, cloning: bool) -> None:
     if os.fstat(original).st_dev != os.fstat(backing_fd).st_dev:
         raise CapabilityMissing(f"{backing.path} lies on another file system than the pool", backing=backing.path)
     if not cloning:
-        os.link(f"/proc/self/fd/{original}", name, dst_dir_fd=backing_fd, follow_symlinks=True)
+        try:
+            os.link(f"/proc/self/fd/{original}", name, dst_dir_fd=backing_fd, follow_symlinks=True)
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                raise CapabilityMissing(
+                    f"{backing.path} cannot be kept with the snapshot: the file system does not link it "
+                    f"({error.strerror})",
+                    backing=backing.path,
+                ) from error
+            raise
         return
     status = os.fstat(original)
     temporary = f"{name}.new"

@@ -39,10 +39,11 @@ class _Place:
 def changed(newer: Side, base: Side, *, cloning: bool, coarse: bool) -> Iterator[Extent]:
     """Yield what differs, ascending and merged, within the newer's size; beyond the base's end there are zeros.
 
-    `cloning` says that the file system shares blocks. With it `coarse` does not read at all: what is not certainly
-    the same is told. Raises PoolUnavailable, SnapshotDamaged, OSError.
+    `cloning` says that the file system shares blocks. If it also says which, `coarse` does not read at all: what is
+    not certainly the same is told. Raises PoolUnavailable, SnapshotDamaged, OSError.
     """
     size = newer.reader.size_bytes
+    cloning = cloning and fiemap.is_told(newer.chain[0].descriptor)  # NFS clones, and tells nothing
     both = _union(_allocated(newer, size), _allocated(base, size))
     if cloning or _common_file(newer, base):
         both = _without(both, _same(newer, base, cloning))

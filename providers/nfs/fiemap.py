@@ -53,23 +53,23 @@ def shared(first: int, first_offset: int, second: int, second_offset: int, lengt
             index += 1
 
 
+def is_told(descriptor: int) -> bool:
+    """Tell whether the file system says where a file's bytes lie. Raises OSError."""
+    return _asked(descriptor, 0, 1) is not None
+
+
 def _placed(descriptor: int, offset: int, length: int) -> list[Placed]:
     """Return what of a range has a certain, shared place; nothing on a file system that does not tell."""
     found = []
     position, end = offset, offset + length
     while position < end:
-        request = bytearray(_HEAD.size + _EXTENTS_A_CALL * _EXTENT.size)
-        _HEAD.pack_into(request, 0, position, end - position, _SYNC, 0, _EXTENTS_A_CALL, 0)
-        try:
-            fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, request)
-        except OSError as error:
-            if error.errno in _CANNOT:
-                return []
-            raise
-        count = _HEAD.unpack_from(request)[3]
+        answer = _asked(descriptor, position, end - position)
+        if answer is None:
+            return []
+        count = _HEAD.unpack_from(answer)[3]
         flags = _LAST
         for index in range(count):
-            logical, physical, size, flags = _EXTENT.unpack_from(request, _HEAD.size + index * _EXTENT.size)
+            logical, physical, size, flags = _EXTENT.unpack_from(answer, _HEAD.size + index * _EXTENT.size)
             low, high = max(logical, position), min(logical + size, end)
             if flags & ~_LAST == _SHARED and low < high:
                 found.append(Placed(low, high - low, physical + low - logical))
@@ -77,3 +77,16 @@ def _placed(descriptor: int, offset: int, length: int) -> list[Placed]:
         if count < _EXTENTS_A_CALL or flags & _LAST:
             break
     return found
+
+
+def _asked(descriptor: int, offset: int, length: int) -> bytearray | None:
+    """Return what FIEMAP answers, None on a file system that has it not."""
+    request = bytearray(_HEAD.size + _EXTENTS_A_CALL * _EXTENT.size)
+    _HEAD.pack_into(request, 0, offset, length, _SYNC, 0, _EXTENTS_A_CALL, 0)
+    try:
+        fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, request)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return None
+        raise
+    return request

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -344,3 +345,46 @@ def test_another_backing_file_between_prepare_and_cut_is_noticed(bench: Bench, d
     qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", f"{template}-2", directory / volume)
     with refused("VOLUME_CHANGED"):
         bench.cut(group)
+
+
+@XFS
+def test_a_volume_that_qemu_writes_to_is_cut_whole(bench: Bench, directory: Path, tmp_path: Path) -> None:
+    """As under a VM: what it flushed is there, with the tables that lead to it, while the template is in use too."""
+    volume, template = on_template(bench, directory)
+    path, socket = directory / volume, tmp_path / "nbd"
+    node = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "file": {"driver": "file", "filename": str(path)},
+        "backing": {"driver": "raw", "file": {"driver": "file", "filename": str(template)}},
+    }
+    server, export = f"addr.type=unix,addr.path={socket}", "type=nbd,id=e,node-name=disk,name=,writable=on"
+    command = ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--nbd-server", server, "--export", export]
+    with subprocess.Popen(command) as daemon:
+        try:
+            write_through(socket, daemon, "write -P 71 2M 1M", "write -P 72 0 64k", "flush")
+            groups = [bench.id(), bench.id()]
+            bench.take(groups[0], volume)
+            write_through(socket, daemon, "write -P 73 3M 1M", "write -P 74 2M 64k", "flush")
+            bench.take(groups[1], volume)
+            assert bench.get(groups[1]).members[0].mode == "clone"
+        finally:
+            daemon.terminate()
+    for group, expected in ((groups[0], {0: 72, 2 * MIB: 71, 3 * MIB: 0}), (groups[1], {2 * MIB: 74, 3 * MIB: 73})):
+        qemu_img("check", "-f", "qcow2", directory / ".frostgate" / group / volume)
+        content = bench.read(group, volume)
+        assert {offset: content[offset] for offset in expected} == expected
+        assert content[64 * 1024 : MIB] == template.read_bytes()[64 * 1024 : MIB]
+
+
+def write_through(socket: Path, daemon: subprocess.Popen[bytes], *commands: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        words = [word for command in commands for word in ("-c", command)]
+        words = ["qemu-io", "-f", "raw", *words, f"nbd+unix:///?socket={socket}"]
+        done = subprocess.run(words, check=False, capture_output=True)
+        if done.returncode == 0:
+            return
+        assert daemon.poll() is None
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.05)
