@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import sdnotify
 import structlog
 import typer
 
 from clients.cli.session import (
     FAILED,
     NOT_FOUND,
+    OK,
     REFUSED,
     USAGE,
     AddressOption,
@@ -28,7 +30,7 @@ from clients.cli.session import (
 from clients.files.snapshot import OpenSnapshot
 from clients.gateway import Gateway
 
-_READY_FD = "FROSTGATE_MOUNT_READY_FD"
+_READY = "ready\n"
 
 KeyFile = Annotated[
     Path | None,
@@ -59,10 +61,9 @@ def mount(
         raise Refusal("--all takes one argument, the directory", USAGE)
     where = Path(target if every else directory or target).absolute()
     _check_directory(where)
-    if not foreground:
-        _in_background(where, allow_other, every, target, key_file)
-        return
-    _mount(where, None if every else target, allow_other, passphrase(key_file))
+    key = passphrase(key_file)
+    ready = (lambda: _say_ready(where)) if foreground else _in_background(where)
+    _mount(where, None if every else target, allow_other, key, ready)
 
 
 @command
@@ -100,7 +101,7 @@ def passphrase(key_file: Path | None) -> str | None:
         raise Refusal(f"{key_file}: {error}", USAGE) from None
 
 
-def _mount(where: Path, snapshot_id: str | None, allow_other: bool, key: str | None) -> None:
+def _mount(where: Path, snapshot_id: str | None, allow_other: bool, key: str | None, ready: Callable[[], None]) -> None:
     daemon = _daemon()
     from clients.mount.tree import Everything, snapshot_directory
 
@@ -111,19 +112,13 @@ def _mount(where: Path, snapshot_id: str | None, allow_other: bool, key: str | N
             if snapshot_id is None:
                 everything = Everything(gateway, key)
                 try:
-                    daemon.serve(everything.root(), where, "all", lambda: _ready(where), allow_other=allow_other)
+                    daemon.serve(everything.root(), where, "all", ready, allow_other=allow_other)
                 finally:
                     everything.close()
                 return
             with OpenSnapshot(gateway, snapshot_id, key) as opened:
-                daemon.serve(
-                    snapshot_directory(opened),
-                    where,
-                    snapshot_id,
-                    lambda: _ready(where),
-                    allow_other=allow_other,
-                    bound=opened,
-                )
+                root = snapshot_directory(opened)
+                daemon.serve(root, where, snapshot_id, ready, allow_other=allow_other, bound=opened)
         except daemon.MountFailed as error:
             raise Refusal(str(error), FAILED) from None
 
@@ -133,65 +128,57 @@ def _check_gateway(gateway: Gateway) -> None:
     next(gateway.list(), None)
 
 
-def _ready(where: Path) -> None:
-    """Tell whoever waits: systemd, and the process that started us into the background."""
-    import sdnotify
-
+def _say_ready(where: Path) -> None:
+    """Tell whoever waits: systemd, and the user."""
     sdnotify.SystemdNotifier().notify("READY=1")
-    waiting = os.environ.get(_READY_FD)
-    if waiting:
-        with os.fdopen(int(waiting), "w") as pipe:
-            pipe.write("ready\n")
-    elif session.json:
+    if session.json:
         print_json({"mounted": str(where)})
     else:
         print(f"mounted at {where}; Ctrl-C unmounts", flush=True)
 
 
-def _in_background(where: Path, allow_other: bool, every: bool, target: str, key_file: Path | None) -> None:
-    """Start ourselves in a session of its own, and wait until it is mounted or has said why not."""
+def _in_background(where: Path) -> Callable[[], None]:
+    """Go on in a process in a session of its own, whose output goes to a log; return there what to call when mounted.
+
+    We ourselves stay until then, and end with its exit code and words when it fails before. Done before anything is
+    connected or started: of a process with threads, fork(2) takes only one.
+    """
+    _daemon()
     read, write = os.pipe()
     log = tempfile.NamedTemporaryFile(prefix="frostgate-mount-", suffix=".log", delete=False)  # noqa: SIM115
-    words = [sys.executable, "-m", "clients.cli.main", *_connection(), "mount", "--foreground"]
-    words += ["--allow-other"] if allow_other else []
-    words += ["--key-file", str(key_file.absolute())] if key_file else []
-    words += ["--all", str(where)] if every else [target, str(where)]
-    with log:
-        child = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(write,),
-            start_new_session=True,
-            cwd="/",
-            env={**os.environ, _READY_FD: str(write), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    os.close(write)
+    child = os.fork()
+    if child:
+        os.close(write)
+        _wait_for(child, read, where, Path(log.name))
+    os.close(read)
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+
+    def ready() -> None:
+        os.chdir("/")
+        sdnotify.SystemdNotifier().notify("READY=1")
+        with os.fdopen(write, "w") as pipe:
+            pipe.write(_READY)
+
+    return ready
+
+
+def _wait_for(child: int, read: int, where: Path, log: Path) -> NoReturn:
+    """Wait until a process has mounted or has ended, say so, and end. Raises Refusal, Exit."""
     with os.fdopen(read) as pipe:
-        ready = pipe.read() == "ready\n"
+        ready = pipe.read() == _READY
     if not ready:
-        code = child.wait()
-        said = Path(log.name).read_text(errors="replace").strip()
-        Path(log.name).unlink()
-        raise Refusal(said.removeprefix("error: ") or f"the mount ended with code {code}", code if code > 0 else FAILED)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(log.read_text(errors="replace").strip() or f"error: the mount ended with code {code}", file=sys.stderr)
+        log.unlink()
+        raise typer.Exit(code if code > 0 else FAILED)
     if session.json:
-        print_json({"mounted": str(where), "pid": child.pid, "log": log.name})
+        print_json({"mounted": str(where), "pid": child, "log": str(log)})
     else:
-        print(f"mounted at {where} by process {child.pid}, log {log.name}; `frostgate umount {where}` ends it")
-
-
-def _connection() -> list[str]:
-    """Return our own connection's options."""
-    words = ["--address", session.address]
-    for option, value in (
-        ("--ca", session.ca),
-        ("--cert", session.cert),
-        ("--key", session.key),
-        ("--token-file", session.token_file),
-    ):
-        words += [option, str(value.absolute())] if value else []
-    return words
+        print(f"mounted at {where} by process {child}, log {log}; `frostgate umount {where}` ends it")
+    raise typer.Exit(OK)
 
 
 def _check_directory(where: Path) -> None:

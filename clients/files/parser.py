@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
@@ -19,6 +20,8 @@ from clients.blocks import Blocks
 from clients.files import wire
 
 ANSWER_TIMEOUT_S = 60.0
+_LONGEST_LINK = 4095
+T = TypeVar("T")
 _log = structlog.get_logger()
 
 
@@ -44,27 +47,24 @@ class Parser:
 
     def layout(self) -> list[wire.Tree]:
         """Return everything on the disks. Raises OSError EIO when the parser died of it."""
-        return [wire.tree(values) for values in self.ask("layout")]
+        return decoded(layout, self.ask("layout"))
 
     def root(self, tree: int) -> wire.Entry:
         """Return a tree's root directory; `tree` is a position in layout(). Raises OSError."""
-        return _entry(self.ask("root", tree))
+        return decoded(wire.entry, self.ask("root", tree))
 
     def find(self, tree: int, number: int, name: bytes) -> wire.Entry | None:
         """Return the entry of a name in a directory, or None. Raises OSError."""
-        return found_entry(self.ask("find", tree, number, name))
+        return decoded(found_entry, self.ask("find", tree, number, name))
 
-    def listing(self, tree: int, number: int, start: int) -> list[tuple[bytes, wire.Entry | None]]:
-        """Return some entries of a directory from a position on; none at its end. Raises OSError.
+    def entries(self, tree: int, number: int) -> Iterator[tuple[bytes, wire.Entry | None]]:
+        """Yield all entries of a directory. Raises OSError.
 
         An entry that is damaged is None; the others are there nevertheless.
         """
-        return listed(self.ask("listing", tree, number, start))
-
-    def entries(self, tree: int, number: int) -> Iterator[tuple[bytes, wire.Entry | None]]:
-        """Yield all entries of a directory. Raises OSError."""
-        start = 0
-        while some := self.listing(tree, number, start):
+        start, complete = 0, False
+        while not complete:
+            some, complete = decoded(listed, self.ask("listing", tree, number, start))
             yield from some
             start += len(some)
 
@@ -72,10 +72,9 @@ class Parser:
         """Return bytes of a file, fewer only at its end. Raises OSError."""
         parts = []
         while length > 0:
-            part = self.ask("read", tree, number, offset, length)
-            if not isinstance(part, bytes) or not part:
+            part = decoded(partial(wire.content, most_bytes=length), self.ask("read", tree, number, offset, length))
+            if not part:
                 break
-            part = part[:length]
             parts.append(part)
             offset += len(part)
             length -= len(part)
@@ -83,15 +82,15 @@ class Parser:
 
     def link(self, tree: int, number: int) -> bytes:
         """Return a symbolic link's target as the guest wrote it. Raises OSError."""
-        return bytes(self.ask("link", tree, number)).split(b"\0")[0]
+        return decoded(target, self.ask("link", tree, number))
 
     def xattrs(self, tree: int, number: int) -> dict[bytes, bytes]:
         """Return a file's extended attributes. Raises OSError."""
-        return {bytes(name): bytes(value) for name, value in self.ask("xattrs", tree, number)}
+        return decoded(attributes, self.ask("xattrs", tree, number))
 
     def data(self, tree: int, number: int) -> list[tuple[int, int]]:
         """Return what is not a hole in a file as (offset, length). Raises OSError."""
-        return [(int(offset), int(length)) for offset, length in self.ask("data", tree, number)]
+        return decoded(ranges, self.ask("data", tree, number))
 
     def ask(self, *request: Any) -> Any:
         """Send a request and wait for its answer. Raises OSError."""
@@ -194,25 +193,61 @@ def _serve_blocks(asked: socket.socket, disks: Sequence[Blocks]) -> None:
             return
 
 
-def found_entry(values: Any) -> wire.Entry | None:
-    """Return the answer to "find". Raises OSError."""
-    return None if values is None else _entry(values)
-
-
-def listed(answer: Any) -> list[tuple[bytes, wire.Entry | None]]:
-    """Return the answer to "listing". Raises OSError."""
-    return [(_name(name), found_entry(found)) for name, found in answer]
-
-
-def _entry(values: Any) -> wire.Entry:
+def decoded(decode: Callable[[Any], T], answer: Any) -> T:
+    """Return what an answer says, by one of the functions below. Raises OSError EIO for one that says nothing."""
     try:
-        return wire.entry(values)
-    except wire.Closed as error:
-        raise OSError(errno.EIO, str(error)) from None
+        return decode(answer)
+    except (wire.Closed, TypeError, ValueError) as error:
+        raise OSError(errno.EIO, f"the parser gave an impossible answer ({error})") from None
+
+
+def found_entry(answer: Any) -> wire.Entry | None:
+    """Decode the answer to "find"."""
+    return None if answer is None else wire.entry(answer)
+
+
+def listed(answer: Any) -> tuple[list[tuple[bytes, wire.Entry | None]], bool]:
+    """Decode the answer to "listing": some entries, damaged ones as None, and whether they are the last."""
+    entries, complete = answer
+    return [(_name(name), _entry_or_none(found)) for name, found in entries], bool(complete) or not entries
+
+
+def attributes(answer: Any) -> dict[bytes, bytes]:
+    """Decode the answer to "xattrs"."""
+    found = {bytes(name): bytes(value) for name, value in answer}
+    return {name: value for name, value in found.items() if name and b"\0" not in name}
+
+
+def target(answer: Any) -> bytes:
+    """Decode the answer to "link"."""
+    return bytes(answer).split(b"\0")[0][:_LONGEST_LINK]
+
+
+def layout(answer: Any) -> list[wire.Tree]:
+    """Decode the answer to "layout"."""
+    return [wire.tree(values) for values in answer]
+
+
+def ranges(answer: Any) -> list[tuple[int, int]]:
+    """Decode the answer to "data"."""
+    return [(int(offset), int(length)) for offset, length in answer]
+
+
+def contents(answer: Any) -> list[bytes | None]:
+    """Decode the answer to "contents", the first of which is there."""
+    first, *others = answer
+    return [bytes(first), *(None if other is None else bytes(other) for other in others)]
+
+
+def _entry_or_none(values: Any) -> wire.Entry | None:
+    try:
+        return found_entry(values)
+    except wire.Closed:
+        return None
 
 
 def _name(name: Any) -> bytes:
-    """Return a name that cannot lead out of its directory. Raises OSError."""
+    """Return a name that cannot lead out of its directory."""
     if not isinstance(name, bytes) or not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-        raise OSError(errno.EIO, "the parser gave an impossible name")
+        raise wire.Closed("an impossible name")
     return name

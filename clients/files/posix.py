@@ -36,6 +36,7 @@ class PosixTree:
         self._volume.open_file_object(FileObject(source))
         self._source = source
         self._raw_names = raw_names
+        self._sleuthkit: Any = None
         self._room = _attribute_room(source) if raw_names else None
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
@@ -132,7 +133,9 @@ class PosixTree:
                 nameless.append(number)
             self._keep(number, found)
         if nameless and self._raw_names:
-            listed = _raw_names(self._source, inode)
+            if self._sleuthkit is None:
+                self._sleuthkit = _sleuthkit(self._source)
+            listed = _raw_names(self._sleuthkit, inode)
         else:
             for number in nameless:
                 name, copies = b"name-is-not-utf8.inode-%d" % number, 1
@@ -216,11 +219,17 @@ def sleuthkit_image(source: Bytes) -> Any:
     return Image()
 
 
-def _raw_names(source: Bytes, inode: int) -> dict[bytes, int]:
+def _sleuthkit(source: Bytes) -> Any:
+    import pytsk3
+
+    return pytsk3.FS_Info(sleuthkit_image(source), 0, pytsk3.TSK_FS_TYPE_EXT_DETECT)
+
+
+def _raw_names(filesystem: Any, inode: int) -> dict[bytes, int]:
     import pytsk3
 
     names = {}
-    for found in pytsk3.FS_Info(sleuthkit_image(source)).open_dir(inode=inode):
+    for found in filesystem.open_dir(inode=inode):
         name = found.info.name
         allocated = int(name.flags) & int(pytsk3.TSK_FS_NAME_FLAG_ALLOC)
         invented = int(name.type) == int(pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)  # the Sleuth Kit's own $OrphanFiles

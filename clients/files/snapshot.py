@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -22,6 +24,8 @@ from clients.gateway import Gateway, GatewayError
 from frostgate.v1 import group_snapshot_pb2 as pb
 
 READABLE = (pb.GROUP_SNAPSHOT_STATE_READY, pb.GROUP_SNAPSHOT_STATE_REVERTING)
+
+_SCANNED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -51,22 +55,20 @@ class OpenSnapshot:
         self._passphrase = passphrase
         self._parsers: list[Parser] = []
         self._trees: list[list[FileTree]] | None = None
+        self._looking = threading.Lock()
 
     def trees(self) -> list[list[FileTree]]:
-        """Return the file systems of every disk, in the members' order. Looked for once."""
-        if self._trees is None:
-            self._trees = self._scan()
-        return self._trees
+        """Return the file systems of every disk, in the members' order. Looked for once. Thread-safe."""
+        with self._looking:
+            if self._trees is None:
+                self._trees = self._scan()
+            return self._trees
 
     def _scan(self) -> list[list[FileTree]]:
         """Return what is on the disks. A parser that dies of a disk leaves the others readable."""
-        by_disk: list[list[FileTree]] = []
-        incomplete = []
-        for number, disk in enumerate(self.disks):
-            found = self._of([disk])
-            by_disk.append(found)
-            if any(one.tree.kind == "lvm" for one in found):
-                incomplete.append(number)
+        with ThreadPoolExecutor(_SCANNED_AT_ONCE) as pool:
+            by_disk = list(pool.map(lambda disk: self._of([disk]), self.disks))
+        incomplete = [number for number, found in enumerate(by_disk) if any(one.tree.kind == "lvm" for one in found)]
         if len(incomplete) > 1:
             for one in self._of([self.disks[number] for number in incomplete]):
                 tree = one.tree

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 FRAME_BYTES = 64 * 1024 * 1024
+READ_BYTES = 1024 * 1024
+_ZEROS = bytes(READ_BYTES)
 _LENGTH = struct.Struct(">I")
 
 
@@ -49,21 +51,34 @@ class Tree:
     why_not: str = ""
 
 
+_ENTRY = tuple(Entry.__dataclass_fields__)
+_TREE = tuple(Tree.__dataclass_fields__)
+
+
 class Closed(Exception):
     """The other side is gone, or does not speak our language."""
 
 
-def pack(value: Any) -> Any:
-    """Return entries and trees as what msgpack carries."""
-    return list(astuple(value)) if isinstance(value, Entry | Tree) else value
+def pack(value: Entry | Tree) -> list[Any]:
+    """Return an entry or a tree as what msgpack carries."""
+    # not dataclasses.astuple, which copies deeply and is what a listing would spend its time on
+    return [getattr(value, name) for name in (_ENTRY if isinstance(value, Entry) else _TREE)]
 
 
 def entry(values: Any) -> Entry:
-    """Return an Entry of what came. Raises Closed for anything else."""
+    """Return an Entry of what came. Raises Closed for anything else, or for numbers that no file can have."""
     try:
         *numbers, (major, minor) = values
-        if all(isinstance(number, int) for number in (*numbers, major, minor)):
-            return Entry(*numbers, (major, minor))  # type: ignore[call-arg]
+        found = Entry(*numbers, (major, minor))  # type: ignore[call-arg]
+        small = (found.mode, found.links, found.uid, found.gid, major, minor)
+        large = (found.id, found.size_bytes, found.allocated_bytes)
+        times = (found.mtime_ns, found.atime_ns, found.ctime_ns)
+        if (
+            all(type(number) is int and 0 <= number < 1 << 32 for number in small)
+            and all(type(number) is int and 0 <= number < 1 << 63 for number in large)
+            and all(type(number) is int and -(1 << 63) <= number < 1 << 63 for number in times)
+        ):
+            return found
     except (TypeError, ValueError):
         pass  # said below
     raise Closed("not an entry")
@@ -79,6 +94,24 @@ def tree(values: Any) -> Tree:
     if not all(isinstance(word, str) for word in words) or not all(isinstance(disk, int) for disk in disks):
         raise Closed("not a tree")
     return found
+
+
+def pack_content(content: bytes) -> bytes | int:
+    """Return a file's bytes as what msgpack carries: zeros, of which sparse files have many, as their number."""
+    if not content or content[0] or content[-1] or len(content) > len(_ZEROS):
+        return content
+    zeros = _ZEROS if len(content) == len(_ZEROS) else _ZEROS[: len(content)]
+    return len(content) if content == zeros else content
+
+
+def content(value: Any, most_bytes: int) -> bytes:
+    """Return the bytes of what came. Raises Closed for anything else."""
+    if isinstance(value, bytes):
+        return value[:most_bytes]
+    if isinstance(value, int) and 0 <= value <= len(_ZEROS):
+        value = min(value, most_bytes)
+        return _ZEROS if value == len(_ZEROS) else _ZEROS[:value]
+    raise Closed("not a file's content")
 
 
 def send(to: socket.socket, message: Any) -> None:

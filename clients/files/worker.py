@@ -10,6 +10,7 @@ import errno
 import signal
 import socket
 import sys
+from itertools import islice
 from typing import Any
 
 import msgpack  # noqa: F401  loaded before confine(), as everything below is
@@ -17,7 +18,6 @@ import msgpack  # noqa: F401  loaded before confine(), as everything below is
 from clients.files import sandbox, volumes, wire
 from clients.files.ranges import AskedDisk, Bytes, LocalDisk
 
-READ_BYTES = 1024 * 1024
 ANSWER_S = 90.0
 LIST_ENTRIES = 2000
 _DATA_RANGES = 200_000
@@ -53,14 +53,24 @@ class Trees:
         return None if child is None else wire.pack(opened.entry(child))
 
     def listing(self, tree: int, number: int, start: int) -> Any:
-        """Return at most LIST_ENTRIES [name, entry] from a position on; an entry that cannot be read is None."""
-        opened = self._tree(tree)
-        names = list(opened.names(number).items())[start : start + LIST_ENTRIES]
-        return [[name, _entry_or_none(opened, child)] for name, child in names]
+        """Return at most LIST_ENTRIES [name, entry] from a position on, and whether these are the last.
 
-    def read(self, tree: int, number: int, offset: int, length: int) -> bytes:
-        """Return bytes of a file."""
-        return self._tree(tree).read(number, offset, min(length, READ_BYTES))
+        An entry that cannot be read is None.
+        """
+        opened = self._tree(tree)
+        names = opened.names(number)
+        chosen = islice(names.items(), start, start + LIST_ENTRIES)
+        return [[name, _entry_or_none(opened, child)] for name, child in chosen], start + LIST_ENTRIES >= len(names)
+
+    def read(self, tree: int, number: int, offset: int, length: int) -> Any:
+        """Return bytes of a file, at most wire.READ_BYTES."""
+        return wire.pack_content(self._tree(tree).read(number, offset, min(length, wire.READ_BYTES)))
+
+    def contents(self, tree: int, numbers: list[int]) -> Any:
+        """Return the contents of small files; of those after the first, None where one cannot be read."""
+        opened = self._tree(tree)
+        first, *others = numbers
+        return [opened.read(first, 0, wire.READ_BYTES), *(_content_or_none(opened, number) for number in others)]
 
     def link(self, tree: int, number: int) -> bytes:
         """Return a symbolic link's target."""
@@ -93,7 +103,7 @@ class Trees:
         return self._open[number]
 
 
-_CALLS = ("layout", "root", "entry", "find", "listing", "read", "link", "xattrs", "data")
+_CALLS = ("layout", "root", "entry", "find", "listing", "read", "contents", "link", "xattrs", "data")
 
 
 def _entry_or_none(tree: volumes.AnyTree, number: int) -> Any:
@@ -101,6 +111,13 @@ def _entry_or_none(tree: volumes.AnyTree, number: int) -> Any:
         return wire.pack(tree.entry(number))
     except OSError:
         return None
+
+
+def _content_or_none(tree: volumes.AnyTree, number: int) -> bytes | None:
+    try:
+        return tree.read(number, 0, wire.READ_BYTES)
+    except OSError:
+        return None  # said when it is asked for itself
 
 
 def serve(control: socket.socket, trees: Trees) -> None:

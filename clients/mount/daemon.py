@@ -23,6 +23,7 @@ from clients.mount.filesystem import SnapshotFilesystem
 from clients.mount.tree import Directory
 
 FILESYSTEM_TYPE = "fuse.frostgate"
+_READ_AHEAD_KIB = 1024
 _log = structlog.get_logger()
 
 
@@ -90,10 +91,26 @@ async def _serve(directory: Path, bound: OpenSnapshot | None, ready: Callable[[]
 
         nursery.start_soon(stop_on_signal)
         nursery.start_soon(serve_requests)
-        if bound and os.geteuid() == 0:
-            await trio.to_thread.run_sync(_bind, directory, bound)
+        if os.geteuid() == 0:
+            await trio.to_thread.run_sync(_read_more_ahead, directory)
+            if bound:
+                await trio.to_thread.run_sync(_bind, directory, bound)
         ready()
+        if bound:
+            # the parsers start while nobody waits for them yet
+            await trio.to_thread.run_sync(bound.trees, abandon_on_cancel=True)
     return told
+
+
+def _read_more_ahead(directory: Path) -> None:
+    """Have the kernel ask for a megabyte at once: FUSE's 128 KiB are for file systems that answer sooner."""
+    device = os.stat(directory).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        setting.write_text(str(_READ_AHEAD_KIB))
+    except OSError as error:
+        # /sys is read-only in many containers
+        _log.info("reads_stay_small", error=str(error))
 
 
 def _bind(directory: Path, opened: OpenSnapshot) -> None:

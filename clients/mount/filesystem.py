@@ -18,8 +18,9 @@ import pyfuse3
 import structlog
 import trio
 
-from clients.files.parser import ANSWER_TIMEOUT_S, found_entry, listed
+from clients.files.parser import ANSWER_TIMEOUT_S, attributes, decoded, found_entry, listed, target
 from clients.files.snapshot import FileTree
+from clients.mount.contents import Contents, is_small
 from clients.mount.tree import FOREVER_S, Directory, Disk, Inode, Node, Text, child, confined, is_directory
 
 T = TypeVar("T")
@@ -29,11 +30,16 @@ _log = structlog.get_logger()
 
 @dataclass
 class _Known:
-    """An inode that the kernel holds; `lookups` is how often it was told of it."""
+    """An inode that the kernel holds; `lookups` is how often it was told of it.
+
+    `opens` counts who has it open; `stored`: its content was put into the page cache.
+    """
 
     node: Node
     key: object
     lookups: int = 0
+    opens: int = 0
+    stored: bool = False
     entries: Mapping[bytes, Node] | None = None
     read_at: float = 0.0
 
@@ -45,6 +51,7 @@ class _OpenDirectory:
     inode: int
     names: list[bytes] = field(default_factory=list)
     entries: Mapping[bytes, Node] = field(default_factory=dict)
+    complete_at: int = -1
 
 
 class SnapshotFilesystem(pyfuse3.Operations):
@@ -58,6 +65,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._next = pyfuse3.ROOT_INODE + 1
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
+        self._contents = Contents(_ask)
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Find a name in a directory."""
@@ -66,7 +74,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         node = self._node(parent_inode)
         if isinstance(node, Inode):
             tree = node.tree
-            found = found_entry(await _ask(tree, "find", node.entry.id, name))
+            found = await _ask(tree, found_entry, "find", node.entry.id, name)
             there: Node | None = None if found is None else child(node, found)
         else:
             there = (await self._entries(parent_inode)).get(name)
@@ -107,7 +115,13 @@ class SnapshotFilesystem(pyfuse3.Operations):
         position = start_id
         if isinstance(node, Inode):
             tree = node.tree
-            for name, found in listed(await _ask(tree, "listing", node.entry.id, position)):
+            if reading.complete_at == position:
+                return
+            entries, complete = await _ask(tree, listed, "listing", node.entry.id, position)
+            self._contents.listed(tree, node.entry.id, (found for _, found in entries), begin=position == 0)
+            if complete:
+                reading.complete_at = position + len(entries)
+            for name, found in entries:
                 position += 1
                 if found is None:
                     _log.warning("entry_damaged", name=os.fsdecode(name))
@@ -139,7 +153,26 @@ class SnapshotFilesystem(pyfuse3.Operations):
         """Open for reading."""
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
+        node = self._node(inode)
+        known = self._known[inode]
+        known.opens += 1
+        if isinstance(node, Inode) and is_small(node.entry) and not known.stored and known.opens == 1:
+            try:
+                content = await self._contents.whole(node)
+            except BaseException:
+                known.opens -= 1
+                raise
+            # only for the one who opens it: storing waits for reads under way, which wait for us
+            if known.opens == 1 and len(content) == node.entry.size_bytes:
+                pyfuse3.notify_store(inode, 0, content)
+                known.stored = True
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def release(self, fh: int) -> None:
+        """Close."""
+        known = self._known.get(fh)
+        if known:
+            known.opens -= 1
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read."""
@@ -155,8 +188,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
                     return content
             return await _wait(lambda: disk.read(off, size))
         if isinstance(node, Inode):
-            part: bytes = await _ask(node.tree, "read", node.entry.id, off, size)
-            return part[:size]
+            return await self._contents.part(node, off, size)
         raise pyfuse3.FUSEError(errno.EISDIR)
 
     async def readlink(self, inode: int, ctx: Any) -> bytes:
@@ -164,8 +196,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         node = self._node(inode)
         if not isinstance(node, Inode):
             raise pyfuse3.FUSEError(errno.EINVAL)
-        target: bytes = await _ask(node.tree, "link", node.entry.id)
-        return confined(target.split(b"\0")[0], node.depth)
+        return confined(await _ask(node.tree, target, "link", node.entry.id), node.depth)
 
     async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
         """Tell the names of the extended attributes."""
@@ -189,7 +220,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         node = self._node(inode)
         if not isinstance(node, Inode):
             return {}
-        return dict(await _ask(node.tree, "xattrs", node.entry.id))
+        return await _ask(node.tree, attributes, "xattrs", node.entry.id)
 
     async def _entries(self, inode: int) -> Mapping[bytes, Node]:
         known = self._known[inode]
@@ -233,7 +264,7 @@ def _at_once(descriptor: int, offset: int, length: int) -> bytes | None:
     return None
 
 
-async def _ask(tree: FileTree, call: str, *arguments: Any) -> Any:
+async def _ask(tree: FileTree, decode: Callable[[Any], T], call: str, *arguments: Any) -> T:
     """Ask a parser without a thread in between: what `find` and `tar` do thousands of times. Raises FUSEError."""
     parser = tree.parser
     if not parser.lock.acquire(blocking=False):
@@ -248,7 +279,7 @@ async def _ask(tree: FileTree, call: str, *arguments: Any) -> Any:
         finally:
             if not answered:
                 parser.abandon()
-        return parser.finish()
+        return decoded(decode, parser.finish())
     except OSError as error:
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
     finally:

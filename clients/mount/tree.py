@@ -202,6 +202,11 @@ def confined(target: bytes, depth: int) -> bytes:
     return b"/".join([b".."] * climbs + rest) or b"." if changed else target
 
 
+def is_file(entry: Entry) -> bool:
+    """Tell whether an entry has content of its own."""
+    return stat.S_ISREG(entry.mode)
+
+
 def is_directory(node: Node) -> bool:
     """Tell whether a node has entries."""
     return isinstance(node, Directory) or (isinstance(node, Inode) and stat.S_ISDIR(node.entry.mode))
