@@ -80,7 +80,7 @@ class DosTree:
         """Return where a symbolic link points, with slashes. Raises OSError."""
         return str(self._entry(number).symbolic_link_target).replace("\\", "/").encode("utf-8", "surrogatepass")
 
-    def xattrs(self, number: int) -> list[tuple[bytes, bytes]]:
+    def xattrs(self, number: int) -> list[tuple[bytes, bytes | None]]:
         """Return none: there are none that Linux would know."""
         return []
 

@@ -84,8 +84,8 @@ class Parser:
         """Return a symbolic link's target as the guest wrote it. Raises OSError."""
         return decoded(target, self.ask("link", tree, number))
 
-    def xattrs(self, tree: int, number: int) -> dict[bytes, bytes]:
-        """Return a file's extended attributes. Raises OSError."""
+    def xattrs(self, tree: int, number: int) -> dict[bytes, bytes | None]:
+        """Return a file's extended attributes, None for a value that cannot be read. Raises OSError."""
         return decoded(attributes, self.ask("xattrs", tree, number))
 
     def data(self, tree: int, number: int) -> list[tuple[int, int]]:
@@ -212,9 +212,9 @@ def listed(answer: Any) -> tuple[list[tuple[bytes, wire.Entry | None]], bool]:
     return [(_name(name), _entry_or_none(found)) for name, found in entries], bool(complete) or not entries
 
 
-def attributes(answer: Any) -> dict[bytes, bytes]:
+def attributes(answer: Any) -> dict[bytes, bytes | None]:
     """Decode the answer to "xattrs"."""
-    found = {bytes(name): bytes(value) for name, value in answer}
+    found = {bytes(name): None if value is None else bytes(value) for name, value in answer}
     return {name: value for name, value in found.items() if name and b"\0" not in name}
 
 

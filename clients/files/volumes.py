@@ -13,13 +13,22 @@ from typing import Any
 
 from clients.files import lvm, wire
 from clients.files.dos import DosTree
-from clients.files.posix import PosixTree, sleuthkit_image
+from clients.files.ext_attributes import ExtAttributes
+from clients.files.ext_names import ExtNames, sleuthkit_image
+from clients.files.posix import PosixTree
 from clients.files.ranges import Bytes, FileObject, LibraryBytes, Part
+from clients.files.xfs_attributes import XfsAttributes
+from clients.files.xfs_names import XfsNames
 
 AnyTree = PosixTree | DosTree
 
 _EXT_INCOMPATIBLE = 1024 + 0x60
 _EXT_NEEDS_RECOVERY = 0x4
+_LUKS_VERSION = 6
+_LUKS2 = (
+    "it is encrypted with LUKS2, which no library that we can use reads (LUKS1 is read). On a loop device of the disk: "
+    "`cryptsetup open --readonly /dev/loopNpM NAME`, then `mount -o ro /dev/mapper/NAME DIR`"
+)
 _RAW_HINT = (
     "Use the disk itself: `losetup --read-only --partscan --find --show disks/<volume>.raw` (raw bytes, whatever the "
     "image's format) and the tools of a host that you trust with it"
@@ -140,6 +149,8 @@ def _unlock(space: _Space, passphrase: str | None) -> _Space | Found:
         return space
     import pyluksde
 
+    if space.source.pread(_LUKS_VERSION, 2) == b"\0\2":
+        return _refused(space, "luks", _LUKS2)
     if passphrase is None:
         return _refused(space, "luks", "it is encrypted (LUKS): say --key-file FILE with its passphrase")
     try:
@@ -180,8 +191,8 @@ def _opener(make: Callable[[Any, Bytes], AnyTree], library: str, source: Bytes) 
 
 
 _KINDS: tuple[tuple[str, str, Callable[[Any, Bytes], AnyTree]], ...] = (
-    ("ext", "pyfsext", lambda library, source: PosixTree(library, source, raw_names=True)),
-    ("xfs", "pyfsxfs", lambda library, source: PosixTree(library, source, raw_names=False)),
+    ("ext", "pyfsext", lambda library, source: PosixTree(library, source, ExtNames(source), ExtAttributes(source))),
+    ("xfs", "pyfsxfs", lambda library, source: PosixTree(library, source, XfsNames(source), XfsAttributes(source))),
     ("ntfs", "pyfsntfs", lambda library, source: DosTree(library, source, ntfs=True)),
     ("fat", "pyfsfat", lambda library, source: DosTree(library, source, ntfs=False)),
 )

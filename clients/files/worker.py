@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack  # noqa: F401  loaded before confine(), as everything below is
 
-from clients.files import sandbox, volumes, wire
+from clients.files import ext_attributes, sandbox, volumes, wire
 from clients.files.ranges import AskedDisk, Bytes, LocalDisk
 
 ANSWER_S = 90.0
@@ -152,6 +152,7 @@ def main() -> None:
     import pytsk3  # noqa: F401
     import pyvsgpt  # noqa: F401
 
+    ext_attributes.load()
     sandbox.confine()
     try:
         disks, passphrase = wire.receive(control)

@@ -204,10 +204,13 @@ class SnapshotFilesystem(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """Tell one extended attribute. Those by which the kernel would give rights are told, and nosuid voids them."""
-        found = (await self._xattrs(inode)).get(name)
-        if found is None:
+        found = await self._xattrs(inode)
+        if name not in found:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
-        return found
+        value = found[name]
+        if value is None:
+            raise pyfuse3.FUSEError(errno.EIO)
+        return value
 
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         """Tell the sizes of the disks."""
@@ -216,7 +219,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         answer.f_namemax = 255
         return answer
 
-    async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
+    async def _xattrs(self, inode: int) -> dict[bytes, bytes | None]:
         node = self._node(inode)
         if not isinstance(node, Inode):
             return {}

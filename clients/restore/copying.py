@@ -176,6 +176,9 @@ class Restore:
         for name, value in self._tree.parser.xattrs(self._tree.number, entry.id).items():
             if name.startswith(_FOREIGN) and not self._wishes.privileged:
                 continue
+            if value is None:
+                self.outcome.problems.append(f"{shown}: attribute {os.fsdecode(name)}: its value cannot be read")
+                continue
             try:
                 os.setxattr(descriptor, name, value)
             except OSError as error:

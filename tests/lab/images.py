@@ -15,6 +15,9 @@ from typing import Literal
 from tests.lab.filesystems import make_filesystem, unmount
 
 Kind = Literal["ext2", "ext3", "ext4", "xfs", "ntfs", "vfat"]
+_ACCESS_LIST = bytes.fromhex(
+    "0200000001000600ffffffff02000700e803000004000400ffffffff10000700ffffffff20000400ffffffff"
+)  # user::rw-, user:1000:rwx, group::r--, mask::rwx, other::r--
 POSIX = ("ext2", "ext3", "ext4", "xfs")
 
 
@@ -52,8 +55,10 @@ def _dress(path: bytes, number: int, chance: random.Random) -> None:
     os.chmod(path, chance.choice([0o644, 0o600, 0o4755, 0o2755, 0o1777, 0o000]))
     if number % 50 == 0:
         os.setxattr(path, b"user.k%d" % number, chance.randbytes(20))
+        os.setxattr(path, b"user.outside the inode", chance.randbytes(700 + number % 1000))
+        os.setxattr(path, b"system.posix_acl_access", _ACCESS_LIST)
     if number % 60 == 0:
-        os.symlink(chance.choice([b"/etc/passwd", b"../x", b"file", b"t" * 100]), path + b".ln")
+        os.symlink(chance.choice([b"/etc/passwd", b"../x", b"file", b"t" * 100, b"lat\xefn-1"]), path + b".ln")
     if number % 70 == 0:
         os.link(path, path + b".hard")
     if number % 500 == 0:

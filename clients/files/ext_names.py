@@ -1,0 +1,71 @@
+"""The names in a directory of ext2/3/4, and targets of links, as bytes: where libfsext has none (not UTF-8).
+
+Runs in the confined process. From the Sleuth Kit, which gives bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from clients.files.ranges import Bytes
+
+
+class ExtNames:
+    """The names in the directories of one file system; it is opened when first asked."""
+
+    def __init__(self, source: Bytes) -> None:
+        """Take its bytes."""
+        self._source = source
+        self._opened: Any = None
+
+    def of(self, inode: int, directory: Any) -> dict[bytes, int]:
+        """Return a directory's names with their inodes. Raises OSError."""
+        import pytsk3
+
+        names = {}
+        for found in self._filesystem().open_dir(inode=inode):
+            name = found.info.name
+            allocated = int(name.flags) & int(pytsk3.TSK_FS_NAME_FLAG_ALLOC)
+            invented = int(name.type) == int(pytsk3.TSK_FS_NAME_TYPE_VIRT_DIR)  # the Sleuth Kit's own $OrphanFiles
+            if name.name not in (b".", b"..") and allocated and not invented:
+                names[bytes(name.name)] = int(name.meta_addr)
+        return names
+
+    def target(self, inode: int, length: int) -> bytes:
+        """Return where a symbolic link points. Raises OSError."""
+        found = self._filesystem().open_meta(inode=inode).info.meta
+        if not found or not found.link:
+            raise OSError(errno.EIO, "a link without a target")
+        return bytes(found.link)[:length]
+
+    def _filesystem(self) -> Any:
+        import pytsk3
+
+        if self._opened is None:
+            self._opened = pytsk3.FS_Info(sleuthkit_image(self._source), 0, pytsk3.TSK_FS_TYPE_EXT_DETECT)
+        return self._opened
+
+
+def sleuthkit_image(source: Bytes) -> Any:
+    """Return bytes as what the Sleuth Kit reads from."""
+    import pytsk3
+
+    class Image(pytsk3.Img_Info):  # type: ignore[misc]
+        """Reads from our bytes."""
+
+        def __init__(self) -> None:
+            super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
+
+        def close(self) -> None:
+            """Nothing of ours."""
+
+        def read(self, offset: int, size: int) -> bytes:
+            """Read a range."""
+            return source.pread(offset, size)
+
+        def get_size(self) -> int:
+            """Return the size in bytes."""
+            return source.size_bytes
+
+    return Image()
