@@ -104,7 +104,7 @@ class GatewayProcess:
             capture_output=True,
             text=True,
             check=check,
-            timeout=120,
+            timeout=300,
             stdin=subprocess.DEVNULL,
             **keywords,
         )

@@ -110,7 +110,7 @@ def find(
                 for where, found in walk(tree, entry, start):
                     if found is None:
                         damaged += 1
-                        print(f"damaged: {printable(os.fsdecode(where))}", file=sys.stderr)
+                        print(f"damaged: {printable(os.fsdecode(prefix + where))}", file=sys.stderr)
                         continue
                     wanted = fnmatch.fnmatchcase(os.fsdecode(where.rsplit(b"/", 1)[-1]), name)
                     if wanted and (kind is None or stat.S_IFMT(found.mode) == _TYPES[kind]):

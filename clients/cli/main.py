@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
+import structlog
 import typer
 
 from clients.cli.session import (
@@ -27,6 +28,8 @@ Exit codes: 0 done, 1 another failure, 2 wrong usage, 3 no such thing, 4 refused
 
 def main() -> None:
     """Run the command line of this process."""
+    # what is logged must not get into what `cat` writes
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     application(sys.argv[1:])(prog_name="frostgate")
 
 

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Annotated, NoReturn
 
 import sdnotify
-import structlog
 import typer
 
 from clients.cli.session import (
@@ -105,7 +104,6 @@ def _mount(where: Path, snapshot_id: str | None, allow_other: bool, key: str | N
     daemon = _daemon()
     from clients.mount.tree import Everything, snapshot_directory
 
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with session.gateway() as gateway:
         _check_gateway(gateway)
         try:

@@ -15,6 +15,7 @@ from clients.cli.files import content, refusal, split
 from clients.cli.mount import KeyFile, passphrase
 from clients.cli.session import (
     FAILED,
+    NOT_FOUND,
     REFUSED,
     USAGE,
     AddressOption,
@@ -27,7 +28,7 @@ from clients.cli.session import (
 )
 from clients.files.snapshot import OpenSnapshot
 from clients.restore.copying import Outcome, Restore, Wishes, total
-from clients.restore.guest import GuestRefused, put
+from clients.restore.guest import GuestRefused, NoSuchVm, put
 
 
 @command
@@ -120,7 +121,7 @@ def _into_guest(opened: OpenSnapshot, paths: list[str], vm: str, uri: str | None
                 lambda count: bar.advance(task, count),
             )
         except GuestRefused as error:
-            raise Refusal(str(error), FAILED) from None
+            raise Refusal(str(error), NOT_FOUND if isinstance(error, NoSuchVm) else FAILED) from None
     if session.json:
         print_json({"vm": vm, "path": destination, "bytes": entry.size_bytes})
     else:

@@ -9,7 +9,15 @@ from datetime import UTC
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -133,12 +141,13 @@ def follow(changes: Iterable[pb.GroupSnapshot], doing: str) -> pb.GroupSnapshot 
 
 
 def progress() -> Progress:
-    """Return a progress bar of bytes on stderr, which shows only on a terminal."""
+    """Return a progress bar of bytes, with rate and time left, on stderr; it shows only on a terminal."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),

@@ -58,6 +58,7 @@ class DosTree:
             modified,
             _ns(found, "access"),
             changed,
+            attributed=False,
         )
 
     def names(self, number: int) -> dict[bytes, int]:

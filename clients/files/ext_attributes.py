@@ -111,6 +111,10 @@ class ExtAttributes:
         )
         self._filesystem = c_void_p()
 
+    def may_have(self, found: object) -> bool:
+        """Not known without asking: libfsext counts them for the first who opens an inode, and none for others."""
+        return True
+
     def of(self, inode: int, found: object = None) -> list[tuple[bytes, bytes | None]]:
         """Return an inode's attributes as Linux names them. Raises OSError, also when the file system is damaged."""
         if not self._filesystem:

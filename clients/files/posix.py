@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from clients.files.ext_attributes import ExtAttributes
@@ -65,6 +66,7 @@ class PosixTree:
             int(found.get_access_time_as_integer()),
             int(found.get_inode_change_time_as_integer()),
             tuple(found.device_number or (0, 0)) if kind in _DEVICES else (0, 0),
+            self._attributes.may_have(found),
         )
 
     def names(self, inode: int) -> dict[bytes, int]:
@@ -86,10 +88,10 @@ class PosixTree:
     def link(self, inode: int) -> bytes:
         """Return where a symbolic link points. Raises OSError."""
         found = self._entry(inode)
-        try:
-            return str(found.symbolic_link_target).encode()
-        except (OSError, UnicodeEncodeError):
-            return self._bytes.target(inode, int(found.size))
+        with suppress(OSError, UnicodeEncodeError):
+            if target := found.symbolic_link_target:
+                return str(target).encode()
+        return self._bytes.target(inode, int(found.size))
 
     def xattrs(self, inode: int) -> list[tuple[bytes, bytes | None]]:
         """Return the extended attributes, None for a value that cannot be read. Raises OSError."""

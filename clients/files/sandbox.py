@@ -1,9 +1,10 @@
 """Confinement of the process that parses what a guest wrote.
 
 After confine() the process can compute, and read and write what it has open; nothing else: no opening of files, no
-sockets, no new processes or threads, no signals to others. That is a seccomp filter of allowed system calls (the
-others fail with EPERM), with no_new_privs, beside limits on memory, file size and open files, and user nobody when
-it was root. There is no way to run without it: where the kernel or libseccomp cannot, it raises.
+sockets, no new processes or threads, no signals to others. That is a seccomp filter of allowed system calls, with
+no_new_privs, beside limits on memory, file size and open files, and user nobody when it was root. Other calls fail
+with EPERM; those that a parser never makes unless somebody has taken it over end the process. There is no way to run
+without it: where the kernel or libseccomp cannot, it raises.
 
 Source: seccomp(2), libseccomp's seccomp_rule_add(3), setrlimit(2).
 """
@@ -25,6 +26,10 @@ _ALLOWED = (
     "setitimer", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall",
     "exit", "exit_group",
 )  # fmt: skip
+_FATAL = (
+    "execve", "execveat", "fork", "vfork", "clone", "clone3", "socket", "socketpair", "connect", "bind", "ptrace",
+    "process_vm_readv", "process_vm_writev", "mount", "unshare", "setns", "bpf", "init_module", "kill", "tgkill",
+)  # fmt: skip
 
 
 def confine() -> None:
@@ -45,4 +50,6 @@ def confine() -> None:
     only = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     for name in _ALLOWED:
         only.add_rule(pyseccomp.ALLOW, name)
+    for name in _FATAL:
+        only.add_rule(pyseccomp.KILL_PROCESS, name)
     only.load()

@@ -7,6 +7,7 @@ POOL/VOLUME; "whole" is the partition of a disk without partitions, VG-LV that o
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+import structlog
 
 from clients import blocks
 from clients.files.parser import Parser
@@ -26,6 +28,7 @@ from frostgate.v1 import group_snapshot_pb2 as pb
 READABLE = (pb.GROUP_SNAPSHOT_STATE_READY, pb.GROUP_SNAPSHOT_STATE_REVERTING)
 
 _SCANNED_AT_ONCE = 4
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -153,15 +156,32 @@ def member_names(group: pb.GroupSnapshot) -> list[str]:
 
 
 def walk(tree: FileTree, entry: Entry, path: bytes) -> Iterator[tuple[bytes, Entry | None]]:
-    """Yield everything below a directory, parents first, with paths; damaged entries as None. Raises OSError."""
+    """Yield everything below a directory, parents first, with paths. Raises OSError.
+
+    What is damaged comes as None: an entry that cannot be read, a directory that was met before (a loop), and the
+    path of a directory whose own entries cannot be read, which has come as itself before.
+    """
     waiting = [(path, entry.id)]
+    met = {entry.id}
     while waiting:
         directory, number = waiting.pop()
-        for name, found in sorted(tree.parser.entries(tree.number, number), key=lambda one: one[0]):
+        try:
+            entries = sorted(tree.parser.entries(tree.number, number), key=lambda one: one[0])
+        except OSError as error:
+            if directory == path:
+                raise
+            _log.warning("directory_damaged", path=os.fsdecode(directory), error=str(error))
+            yield directory, None
+            continue
+        for name, found in entries:
             where = directory + b"/" + name if directory else name
-            yield where, found
             if found and stat.S_ISDIR(found.mode):
+                if found.id in met:
+                    yield where, None
+                    continue
+                met.add(found.id)
                 waiting.append((where, found.id))
+            yield where, found
 
 
 def _walk(one: FileTree, inner: str, path: str) -> tuple[Entry, bytes]:

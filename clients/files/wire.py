@@ -21,7 +21,10 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An inode. Times are nanoseconds since 1970; `device` is (major, minor) of a device node; `id` is the tree's."""
+    """An inode. Times are nanoseconds since 1970; `device` is (major, minor) of a device node; `id` is the tree's.
+
+    `attributed` is false when it surely has no extended attributes.
+    """
 
     id: int
     mode: int
@@ -34,6 +37,7 @@ class Entry:
     atime_ns: int
     ctime_ns: int
     device: tuple[int, int] = (0, 0)
+    attributed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,9 @@ def pack(value: Entry | Tree) -> list[Any]:
 def entry(values: Any) -> Entry:
     """Return an Entry of what came. Raises Closed for anything else, or for numbers that no file can have."""
     try:
-        *numbers, (major, minor) = values
-        found = Entry(*numbers, (major, minor))  # type: ignore[call-arg]
-        small = (found.mode, found.links, found.uid, found.gid, major, minor)
+        *numbers, (major, minor), attributed = values
+        found = Entry(*numbers, (major, minor), bool(attributed))  # type: ignore[call-arg]
+        small = (found.mode, found.links, found.uid, found.gid, 2 * major, 2 * minor)  # makedev(3) takes ints
         large = (found.id, found.size_bytes, found.allocated_bytes)
         times = (found.mtime_ns, found.atime_ns, found.ctime_ns)
         if (

@@ -129,9 +129,9 @@ def serve(control: socket.socket, trees: Trees) -> None:
         signal.setitimer(signal.ITIMER_REAL, ANSWER_S)
         try:
             answer = [0, calls[name](*arguments)]
-        except (OSError, MemoryError, RecursionError, ValueError, OverflowError) as error:
-            # what a library says of a damaged structure
-            answer = [getattr(error, "errno", None) or errno.EIO, str(error)[:500]]
+        except Exception as error:
+            # whatever a library says of a damaged structure: the user of the parser logs it
+            answer = [getattr(error, "errno", None) or errno.EIO, str(error)[:500] or type(error).__name__]
         signal.setitimer(signal.ITIMER_REAL, 0)
         wire.send(control, answer)
 

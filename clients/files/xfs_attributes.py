@@ -25,6 +25,10 @@ class XfsAttributes:
     def __init__(self, source: Bytes) -> None:
         """Take its bytes."""
 
+    def may_have(self, found: Any) -> bool:
+        """Tell whether an inode, which libfsxfs has opened, has any. Raises OSError."""
+        return int(found.number_of_extended_attributes) > 0
+
     def of(self, inode: int, found: Any) -> list[tuple[bytes, bytes | None]]:
         """Return the attributes of an inode, which libfsxfs has opened; None for a value that it cannot read.
 

@@ -66,6 +66,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
         self._contents = Contents(_ask)
+        self._attributed: tuple[int, dict[bytes, bytes | None]] = (0, {})
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Find a name in a directory."""
@@ -221,9 +222,14 @@ class SnapshotFilesystem(pyfuse3.Operations):
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes | None]:
         node = self._node(inode)
-        if not isinstance(node, Inode):
+        if not isinstance(node, Inode) or not node.entry.attributed:
             return {}
-        return await _ask(node.tree, attributes, "xattrs", node.entry.id)
+        # `ls -l` asks for one name after the other
+        last, found = self._attributed
+        if last != inode:
+            found = await _ask(node.tree, attributes, "xattrs", node.entry.id)
+            self._attributed = inode, found
+        return found
 
     async def _entries(self, inode: int) -> Mapping[bytes, Node]:
         known = self._known[inode]
@@ -284,6 +290,7 @@ async def _ask(tree: FileTree, decode: Callable[[Any], T], call: str, *arguments
                 parser.abandon()
         return decoded(decode, parser.finish())
     except OSError as error:
+        _log.warning("unreadable", partition=tree.tree.name, request=call, error=error.strerror)
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
     finally:
         parser.lock.release()

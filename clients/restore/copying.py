@@ -173,7 +173,12 @@ class Restore:
         os.utime(name, ns=(entry.atime_ns, entry.mtime_ns), dir_fd=parent, follow_symlinks=False)
 
     def _attributes(self, entry: Entry, descriptor: int, shown: str) -> None:
-        for name, value in self._tree.parser.xattrs(self._tree.number, entry.id).items():
+        try:
+            attributes = self._tree.parser.xattrs(self._tree.number, entry.id)
+        except OSError as error:
+            self.outcome.problems.append(f"{shown}: its extended attributes cannot be read ({error.strerror})")
+            attributes = {}
+        for name, value in attributes.items():
             if name.startswith(_FOREIGN) and not self._wishes.privileged:
                 continue
             if value is None:

@@ -22,6 +22,10 @@ class GuestRefused(Exception):
     """The guest or its agent did not do it; the text says what is left there."""
 
 
+class NoSuchVm(GuestRefused):
+    """libvirt knows no VM of that name or UUID."""
+
+
 def put(
     vm: str,
     uri: str | None,
@@ -31,7 +35,7 @@ def put(
     mode: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write a file in a guest. Repeatable. Raises GuestRefused."""
+    """Write a file in a guest. Repeatable. Raises GuestRefused, NoSuchVm."""
     import libvirt
     import libvirt_qemu
 
@@ -43,7 +47,7 @@ def put(
         try:
             domain = _domain(connection, vm)
         except libvirt.libvirtError as error:
-            raise GuestRefused(f"VM {vm}: {error}") from None
+            raise NoSuchVm(f"VM {vm}: {error}") from None
 
         def agent(name: str, **arguments: Any) -> Any:
             request = json.dumps({"execute": name, "arguments": arguments})

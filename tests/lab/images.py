@@ -92,6 +92,24 @@ def make_image(kind: Kind, image: Path, size_bytes: int, files: int) -> Path:
     return image
 
 
+def crowd(kind: Kind, image: Path, entries: int) -> Path:
+    """Make an image with a directory of many empty files; returns the image."""
+    with image.open("wb") as file:
+        file.truncate(1 << 30)
+    subprocess.run([f"mkfs.{kind}", "-q", *(["-N", str(entries + 1000)] if kind == "ext4" else []), image], check=True)
+    directory = image.with_name(image.name + ".mnt")
+    directory.mkdir()
+    mount_image(kind, image, directory, writable=True)
+    try:
+        (directory / "crowd").mkdir()
+        for number in range(entries):
+            os.mknod(directory / "crowd" / f"entry {number:06}")
+    finally:
+        unmount(directory)
+        directory.rmdir()
+    return image
+
+
 def mount_image(kind: Kind, image: Path, directory: Path, *, writable: bool = False) -> None:
     """Mount an image by the kernel, NTFS by ntfs-3g."""
     how = "rw" if writable else "ro"
