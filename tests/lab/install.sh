@@ -17,7 +17,7 @@ packages=(
   # mounting snapshots; pyfuse3 is built from source
   fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev libseccomp2
   # what the tests of mounting make images with
-  ntfs-3g dosfstools mtools gdisk fdisk lvm2
+  ntfs-3g dosfstools mtools gdisk fdisk lvm2 cryptsetup-bin btrfs-progs exfatprogs
   # building the guest's kernel and initramfs out of downloaded packages
   cpio kmod xz-utils
 )
