@@ -25,7 +25,7 @@ from gateway.errors import Refused
 from gateway.journal import Group, Journal
 from gateway.pools import Pool, Pools
 from gateway.readers import Readers
-from providers.base import Cancelled, ReportProgress, VolumeSpec
+from providers.base import Attachment, Cancelled, ReportProgress, VolumeSpec
 
 T = TypeVar("T")
 
@@ -206,8 +206,17 @@ def first_error(results: dict[str, Any]) -> Exception | None:
 def volumes_of(group: Group, pool: str) -> tuple[VolumeSpec, ...]:
     """Return a pool's share of a group's volumes."""
     return tuple(
-        VolumeSpec(volume.ref.volume, volume.format or None) for volume in group.spec.volumes if volume.ref.pool == pool
+        VolumeSpec(volume.ref.volume, volume.format or None, _attachment(volume))
+        for volume in group.spec.volumes
+        if volume.ref.pool == pool
     )
+
+
+def _attachment(volume: pb.VolumeSpec) -> Attachment | None:
+    if not volume.HasField("attachment"):
+        return None
+    given = volume.attachment
+    return Attachment(given.hypervisor, given.domain, given.disk)
 
 
 def now() -> datetime:

@@ -32,6 +32,8 @@ _GROUP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _POOL = re.compile(r"[a-z0-9-]{1,63}", re.ASCII)
 _LABEL_KEY = re.compile(r"[A-Za-z0-9._/-]{1,63}", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
+_TARGET = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
 _RBD = re.compile(r"[^/@\x00-\x1f\x7f]{1,128}(/[^/@\x00-\x1f\x7f]{1,128}){1,2}")
 _MONITOR = re.compile(r"[A-Za-z0-9._:\[\]-]{1,262}", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -130,12 +132,22 @@ class _Violations:
                 self.ref(f"{field}.ref", volume, volume.ref)
                 if volume.format not in ("", "raw", "qcow2"):
                     self.say(f"{field}.format", 'has to be "raw", "qcow2" or empty')
+                if volume.HasField("attachment"):
+                    self.attachment(f"{field}.attachment", volume.attachment)
                 if (volume.ref.pool, volume.ref.volume) in seen:
                     self.say(f"{field}.ref", "is named twice")
                 seen.add((volume.ref.pool, volume.ref.volume))
         self.labels("spec.labels", spec.labels)
         if spec.HasField("vm"):
             self.vm(spec.vm)
+
+    def attachment(self, field: str, given: pb.VolumeAttachment) -> None:
+        if not _HOST.fullmatch(given.hypervisor):
+            self.say(f"{field}.hypervisor", "has to be 1..255 of [A-Za-z0-9._-]")
+        if not _UUID.fullmatch(given.domain):
+            self.say(f"{field}.domain", "has to be a UUID, 8-4-4-4-12 in lower case")
+        if not _TARGET.fullmatch(given.disk):
+            self.say(f"{field}.disk", "has to be a disk's target such as vda: 1..32 of [a-z0-9]")
 
     def vm(self, vm: pb.VmRecord) -> None:
         if not _UUID.fullmatch(vm.uuid):

@@ -62,6 +62,18 @@ class VolumeChanged(ProviderError):
     reason = "VOLUME_CHANGED"
 
 
+class VmBusy(ProviderError):
+    """The hypervisor has another job for the VM (a backup, a migration), beside which it cannot cut."""
+
+    reason = "VM_BUSY"
+
+
+class CopyFailed(ProviderError):
+    """What was cut could not be copied to its end: the VM stopped, or its hypervisor gave up. Nothing is left."""
+
+    reason = "COPY_FAILED"
+
+
 class PoolFull(ProviderError):
     """No room. Everything the verb had begun is removed."""
 
@@ -184,18 +196,31 @@ class DiskSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """The running VM that a caller says has a volume attached: to be checked, never believed.
+
+    `hypervisor` is the host's name as libvirt gives it, `domain` the UUID, `disk` the target ("vda").
+    """
+
+    hypervisor: str
+    domain: str
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeSpec:
     """One volume to snapshot; `format` is None when the caller did not say."""
 
     name: str
     format: str | None = None
+    attachment: Attachment | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """One volume's snapshot. `handle` is the storage's own name for it, empty before the cut.
 
-    `mode` says in a word how it is cut ("clone", "copy"); `local_path` is its image file on this host, or "".
+    `mode` says in a word how it is cut ("clone", "backup", "copy"); `local_path` is its image file on this host, or "".
     `atomic` members of a group are cut by one operation of the storage.
     """
 
@@ -318,8 +343,8 @@ class Provider(ABC):
 
         Repeatable: a second call for the same group gives the same. Returns one Member per volume in the same
         order, without handles. Nothing of it is visible in snapshots().
-        Raises VolumeNotFound, VolumeInUse (cannot be cut while in use, and allow_copy was not given), PoolFull,
-        CapabilityMissing, LimitExceeded, PoolUnavailable.
+        Raises VolumeNotFound, VolumeInUse (cannot be cut while in use, and allow_copy was not given), VmBusy,
+        PoolFull, CapabilityMissing, LimitExceeded, PoolUnavailable.
         """
 
     @abstractmethod
@@ -328,7 +353,8 @@ class Provider(ABC):
 
         Runs inside the freeze window: does only what prepare() could not, and neither syncs nor copies.
         Repeatable: a second call for a group that was cut returns the same members, with the same content.
-        On an error no member is left. Raises VolumeChanged, VolumeNotFound, VolumeInUse, PoolFull, PoolUnavailable.
+        On an error no member is left. Raises VolumeChanged, VolumeNotFound, VolumeInUse, VmBusy, PoolFull,
+        PoolUnavailable.
         """
 
     @abstractmethod
@@ -337,7 +363,7 @@ class Provider(ABC):
 
         Blocks, for hours if it has to copy. Repeatable after a crash. `record` is kept with the snapshot as
         describe() would. Returns the members with handles and local paths.
-        Raises PoolFull, VolumeChanged, PoolUnavailable, Cancelled; the caller then calls abort().
+        Raises PoolFull, VolumeChanged, CopyFailed, PoolUnavailable, Cancelled; the caller then calls abort().
         """
 
     @abstractmethod

@@ -34,7 +34,7 @@ class GatewayProcess:
         lines = ["[gateway]", f"listen = [{json.dumps(self.address)}]", f'journal = "{directory}/journal.db"']
         lines += ["[gateway.limits]", *(f"{name} = {value}" for name, value in limits.items())]
         for name, table in pools.items():
-            lines += [f"[pools.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+            lines += [f"[pools.{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
         self.config.write_text("\n".join(lines) + "\n")
 
     @property
@@ -127,6 +127,12 @@ class GatewayProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
 
 
 def reason_of(error: grpc.RpcError) -> str:

@@ -12,6 +12,7 @@ import libvirt_qemu
 from lxml import etree
 
 from clients.coordinator.errors import DomainNotFound, HypervisorUnavailable, StateRefused
+from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import volume_pb2
 
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
@@ -88,6 +89,16 @@ def freeze_states(connection: Any) -> Iterator[tuple[str, str]]:
             yield domain.name(), str(agent(domain, "guest-fsfreeze-status", 2))
         except libvirt.libvirtError as error:
             yield domain.name(), f"its agent does not answer: {error}"
+
+
+def attachment(domain: Any) -> pb.VolumeAttachment | None:
+    """Return where a domain runs, for storages that have its hypervisor cut; None when it is off."""
+    try:
+        if not domain.isActive():
+            return None
+        return pb.VolumeAttachment(hypervisor=domain.connect().getHostname(), domain=domain.UUIDString())
+    except libvirt.libvirtError as error:
+        raise HypervisorUnavailable(f"libvirt: {error}") from None
 
 
 def state(domain: Any) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def take(gateway: Gateway, uri: str, name: str, wish: Wish, say: Callable[[str],
     connection = domains.connect(uri)
     domain = domains.find(connection, name)
     found = domains.disks(domain)
-    specs, skipped = _volumes(gateway, found, wish.exclude)
+    specs, skipped = _volumes(gateway, found, wish.exclude, domains.attachment(domain))
     if not specs:
         raise StateRefused(f"VM {domain.name()} has no disk to snapshot")
     way = quiet.choose(domain, wish.quiesce)
@@ -99,9 +99,12 @@ def new_id(name: str) -> str:
 
 
 def _volumes(
-    gateway: Gateway, found: Sequence[domains.Disk], exclude: Sequence[str]
+    gateway: Gateway, found: Sequence[domains.Disk], exclude: Sequence[str], attachment: pb.VolumeAttachment | None
 ) -> tuple[list[pb.VolumeSpec], list[domains.Disk]]:
-    """Return what to snapshot, and the disks that are left out. Raises DiskUnknown, GatewayError."""
+    """Return what to snapshot, and the disks that are left out. Raises DiskUnknown, GatewayError.
+
+    `attachment` is the running VM's, without a disk; None when the VM is off.
+    """
     unknown = sorted(set(exclude) - {disk.target for disk in found})
     if unknown:
         targets = ", ".join(disk.target for disk in found)
@@ -123,6 +126,9 @@ def _volumes(
                 continue
             image_format = disk.format if disk.format in ("raw", "qcow2") else ""
             specs.append(pb.VolumeSpec(ref=resolution.volume, format=image_format))
+            if attachment:
+                specs[-1].attachment.CopyFrom(attachment)
+                specs[-1].attachment.disk = disk.target
     if problems:
         raise DiskUnknown("; ".join(problems) + ". Configure a pool for it, or leave it out with --exclude")
     return specs, skipped

@@ -4,6 +4,7 @@
     <root>/.frostgate/<group>/<volume>          a member
     <root>/.frostgate/<group>/.manifest.json    written last, atomically: no manifest, no snapshot
     <root>/.frostgate/<group>/.cut.json         what was cut, from the cut to the manifest
+    <root>/.frostgate/<group>/.backup.json      what hypervisors fill, from prepare to the manifest
     <root>/.frostgate/<group>/.backing/<n>      a file that members have below their own
     <root>/.frostgate/<group>/.revert/<volume>  staged, before it is renamed over the volume
 
@@ -29,6 +30,7 @@ from providers.nfs.beneath import directory, is_volume_name, open_beneath, open_
 SNAPSHOTS = ".frostgate"
 MANIFEST = ".manifest.json"
 CUT = ".cut.json"
+BACKUP = ".backup.json"
 BACKING = ".backing"
 REVERT = ".revert"
 _MAX_BYTES = 32 * 1024 * 1024
@@ -107,11 +109,29 @@ class StoredBacking(BaseModel):
     mtime_ns: int
 
 
+class StoredBackup(BaseModel):
+    """How a running VM's hypervisor cuts a volume. `file` is the member as the hypervisor sees it.
+
+    `job` names the job, `checkpoint` what is made with it ("" when nothing tracks the volume), `base` the checkpoint
+    since which it copies what changed, "" when it copies everything.
+    """
+
+    hypervisor: str
+    domain: str
+    disk: str
+    file: str
+    job: str
+    checkpoint: str = ""
+    base: str = ""
+    changed_bytes: int = 0
+
+
 class StoredMember(BaseModel):
     """One member as the manifest has it. `mtime_ns` is the volume's at the cut.
 
     `format` is the volume's; `image_format` that of the member's own file where it is another. `backing` is what
-    lies below that file, from the top down: the member's bytes are those of the whole chain.
+    lies below that file, from the top down: the member's bytes are those of the whole chain. `backup` is there when
+    a hypervisor cut it; `atomic` when that was one operation with the group's others.
     """
 
     volume: VolumeName
@@ -123,6 +143,8 @@ class StoredMember(BaseModel):
     mtime_ns: int = 0
     image_format: str = ""
     backing: list[StoredBacking] = []
+    backup: StoredBackup | None = None
+    atomic: bool = False
 
     @property
     def stored_format(self) -> str:

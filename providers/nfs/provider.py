@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import structlog
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from providers.base import (
     BlockReader,
@@ -50,6 +50,7 @@ from providers.nfs import (
     reservation,
     reverting,
 )
+from providers.nfs.backup import Backups
 from providers.nfs.beneath import check_name, directory, is_volume_name, open_volume, storage_errors
 from providers.nfs.images import Format, format_of, virtual_size
 from providers.nfs.ongoing import Ongoing
@@ -66,16 +67,23 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
 
 
 class NfsOptions(BaseModel):
-    """`root`: where this host sees the directory. `hypervisor_paths`: other paths under which hypervisors do."""
+    """`root`: where this host sees the directory. `hypervisor_paths`: other paths under which hypervisors do.
+
+    `hypervisors`: libvirt's URI of each host, by its name, that may be asked to cut the volumes of its running VMs.
+    `max_incrementals`: how many snapshots may lie on one another before everything is copied again.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     root: AbsolutePath
     hypervisor_paths: tuple[AbsolutePath, ...] = ()
     default_format: Format = "raw"
+    hypervisors: dict[HostName, str] = {}
+    max_incrementals: Annotated[int, Field(ge=0, le=30)] = 16
 
 
 class NfsProvider(Provider):
@@ -90,6 +98,7 @@ class NfsProvider(Provider):
         self._root = options.root
         self._ongoing = Ongoing()
         self._can_clone: dict[int, bool] = {}
+        self._backups = Backups(pool, options.hypervisors, options.max_incrementals, self.resolve)
         self._cutters = ThreadPoolExecutor(8, thread_name_prefix=f"{pool}-clone")
 
     @classmethod
@@ -173,14 +182,16 @@ class NfsProvider(Provider):
         with self._opened() as root, ExitStack() as held:
             lock = held.enter_context(self._ongoing.lock(root, spec.group))
             self._refuse_stored(root, spec.group)
-            if layout.is_there(root, spec.group):
-                layout.remove_group(root, spec.group)  # by a gateway that died
+            if layout.is_there(root, spec.group):  # by a gateway that died
+                self._backups.cancel(root, spec.group)
+                layout.remove_group(root, spec.group)
             try:
                 reserved = reservation.reserve(
                     root,
                     spec,
                     self._options.default_format,
                     (self._root, *self._options.hypervisor_paths),
+                    self._backups,
                     cloning=self._clones(root),
                     reverting=self._ongoing.volumes_reverting(),
                 )
@@ -198,7 +209,7 @@ class NfsProvider(Provider):
             raise VolumeChanged(f"the reservation of {group} is gone: prepare again", group=group)
         try:
             with storage_errors(self._root):
-                reservation.cut(reserved, self._cutters)
+                reservation.cut(reserved, self._cutters, self._backups)
         except BaseException:
             self.abort(group)
             raise
@@ -212,7 +223,7 @@ class NfsProvider(Provider):
                 manifest = layout.manifest(root, group)  # settled before the crash
             else:
                 try:
-                    manifest = reservation.settle(reserved, cut_time, record.decode(), progress)
+                    manifest = reservation.settle(reserved, cut_time, record.decode(), self._backups, progress)
                 except OSError as error:
                     if error.errno == errno.ESTALE:  # what is open is of a mount that is gone: a repeat opens it anew
                         self._ongoing.forget(group)
@@ -238,6 +249,7 @@ class NfsProvider(Provider):
                 return
             with self._ongoing.locked(root, group):
                 if not layout.is_finished(root, group):
+                    self._backups.cancel(root, group)
                     layout.remove_group(root, group)
 
     def delete(self, group: str, progress: ReportProgress) -> None:
@@ -375,7 +387,8 @@ class NfsProvider(Provider):
 
     def _member(self, group: str, stored: layout.StoredMember) -> Member:
         path = f"{layout.group_path(group)}/{stored.volume}"
-        return reservation.member_of(stored, path, str(self._root / path))
+        local_path = "" if stored.backup and (stored.image_format or stored.backing) else str(self._root / path)
+        return reservation.member_of(stored, path, local_path)
 
     def _refuse_stored(self, root: int, group: str) -> None:
         if not layout.is_finished(root, group):

@@ -13,15 +13,16 @@ from concurrent.futures import Executor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged, VolumeNotFound
-from providers.nfs import chains, copying, imagelock, layout, locks, qcow2
+from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged, VolumeNotFound, VolumeSpec
+from providers.nfs import backup, chains, copying, imagelock, layout, locks, qcow2
 from providers.nfs.beneath import directory, open_beneath, open_file, open_volume
 from providers.nfs.images import Format, format_of, virtual_size
 
-Mode: TypeAlias = Literal["clone", "copy", "copy-inside"]
+Mode: TypeAlias = Literal["clone", "backup", "copy", "copy-inside"]
 
 
 @dataclass
@@ -75,6 +76,7 @@ def reserve(
     spec: GroupSpec,
     default_format: Format,
     mounts: Sequence[Path],
+    backups: backup.Backups,
     *,
     cloning: bool,
     reverting: Collection[str] = (),
@@ -83,7 +85,7 @@ def reserve(
 
     `mounts` are the paths under which hypervisors and we see the root; `reverting` volumes that this gateway is about
     to revert: locked already. The caller removes the group's directory when this raises: VolumeNotFound, VolumeInUse,
-    InvalidName, CapabilityMissing, PoolFull, OSError.
+    VmBusy, InvalidName, CapabilityMissing, PoolFull, PoolUnavailable, OSError.
     """
     reservation = Reservation(spec)
     try:
@@ -92,24 +94,23 @@ def reserve(
         for volume in spec.volumes:
             source = open_volume(root_fd, volume.name)
             try:
-                stored = _checked(source, volume.name, volume.format, spec.allow_copy, default_format, cloning)
+                stored = _checked(source, volume, spec.allow_copy, default_format, cloning)
+                if not cloning:
+                    _let_hypervisor_cut(root_fd, spec, volume, source, stored, backups)
             except BaseException:
                 os.close(source)
                 raise
             reservation.parts.append(Part(stored, source, -1))
         if not cloning:
-            _check_room(root_fd, [part.source for part in reservation.parts])
+            _check_room(root_fd, reservation.parts)
         layout.make_directory(root_fd, layout.group_path(spec.group))
         reservation.root = os.dup(root_fd)
         reservation.directory = open_beneath(root_fd, layout.group_path(spec.group), os.O_RDONLY | os.O_DIRECTORY)
         for part in reservation.parts:
-            member = part.stored
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            part.target = open_beneath(reservation.directory, member.volume, flags, 0o600)
-            if member.format == "qcow2":
-                part.header = qcow2.header(part.source, member.volume)
-                with chains.opened(root_fd, member.volume, part.source, mounts) as backing:
-                    member.backing = chains.keep(reservation.directory, backing, cloning=cloning)
+            part.target = open_beneath(reservation.directory, part.stored.volume, flags, 0o600)
+            _make_member(root_fd, reservation.directory, part, mounts, cloning)
+        _note_hypervisors(reservation, backups)
         if cloning:
             for part in reservation.parts:
                 os.fdatasync(part.source)  # a clone writes dirty pages back first: do that before the freeze
@@ -119,24 +120,36 @@ def reserve(
     return reservation
 
 
+def _make_member(root_fd: int, group_fd: int, part: Part, mounts: Sequence[Path], cloning: bool) -> None:
+    """Do with a member's empty file what can be done before the cut."""
+    member = part.stored
+    if member.format == "qcow2":
+        part.header = qcow2.header(part.source, member.volume)
+    if member.backup:
+        backup.make_target(root_fd, group_fd, part.target, member)
+    elif member.format == "qcow2":
+        with chains.opened(root_fd, member.volume, part.source, mounts) as backing:
+            member.backing = chains.keep(group_fd, backing, cloning=cloning)
+
+
+def _note_hypervisors(reservation: Reservation, backups: backup.Backups) -> None:
+    """Write down which jobs will run where, before one does: whoever finds it can end them."""
+    members = [part.stored for part in reservation.parts if part.stored.backup]
+    if members:
+        layout.write(reservation.directory, layout.BACKUP, layout.Cut(members=members))
+        backups.register(reservation.spec.group, members)
+
+
 def _checked(
-    source: int, name: str, asked_format: str | None, allow_copy: bool, default_format: Format, cloning: bool
+    source: int, volume: VolumeSpec, allow_copy: bool, default_format: Format, cloning: bool
 ) -> layout.StoredMember:
-    image_format = format_of(name, asked_format, default_format)
+    image_format = format_of(volume.name, volume.format, default_format)
     mode: Mode = "clone"
     if not cloning:
-        mode = "copy"
-        if imagelock.is_in_use(source):
-            if not allow_copy:
-                error = imagelock.in_use(source, name)
-                error.message += (
-                    " (this file system cannot clone files), or allow the copy inside the freeze window (allow_copy)"
-                )
-                raise error
-            mode = "copy-inside"
+        mode = "copy-inside" if allow_copy and imagelock.is_in_use(source) else "copy"
     return layout.StoredMember(
-        volume=name,
-        size_bytes=virtual_size(source, name, image_format),
+        volume=volume.name,
+        size_bytes=virtual_size(source, volume.name, image_format),
         format=image_format,
         mode=mode,
         attributes=layout.Attributes.of(source),
@@ -144,28 +157,60 @@ def _checked(
     )
 
 
-def _check_room(root_fd: int, sources: Sequence[int]) -> None:
-    needed = sum(os.fstat(source).st_blocks * 512 for source in sources)
+def _let_hypervisor_cut(
+    root_fd: int,
+    spec: GroupSpec,
+    volume: VolumeSpec,
+    source: int,
+    member: layout.StoredMember,
+    backups: backup.Backups,
+) -> None:
+    """Make a member one of backup mode when its VM runs, or raise VolumeInUse when nothing else lets it be cut."""
+    if volume.attachment and backups.uri(volume.attachment):
+        member.backup = backups.planned(root_fd, spec.group, volume.name, source, member.format, volume.attachment)
+    if member.backup:
+        member.mode = "backup"
+        member.image_format = "" if member.format == "qcow2" else "qcow2"
+        member.atomic = len({attached.domain for one in spec.volumes if (attached := one.attachment)}) == 1
+    elif member.mode == "copy" and imagelock.is_in_use(source):
+        error = imagelock.in_use(source, volume.name)
+        error.message += (
+            f" (this file system cannot clone files), {backups.advice(volume.attachment)}, "
+            "or allow the copy inside the freeze window (allow_copy)"
+        )
+        raise error
+
+
+def _check_room(root_fd: int, parts: Sequence[Part]) -> None:
+    needed = 0
+    for part in parts:
+        planned = part.stored.backup
+        needed += planned.changed_bytes if planned and planned.base else os.fstat(part.source).st_blocks * 512
     space = os.fstatvfs(root_fd)
     free = space.f_bavail * space.f_frsize
     if needed > free:
         raise PoolFull(f"copying the volumes needs {needed} bytes and {free} are free; make room")
 
 
-def cut(reservation: Reservation, executor: Executor) -> None:
+def cut(reservation: Reservation, executor: Executor, backups: backup.Backups) -> None:
     """Fix every volume's content, all or none; neither syncs nor, unless the caller allowed it, copies.
 
-    Raises VolumeChanged, VolumeNotFound, VolumeInUse, OSError; the caller then removes the group.
+    Raises VolumeChanged, VolumeNotFound, VolumeInUse, VmBusy, PoolFull, PoolUnavailable, OSError; the caller then
+    aborts.
     """
     if reservation.was_cut:
         return
     parts = reservation.parts
     for part in parts:
         _check_same_file(reservation.root, part)
-    if len(parts) == 1:
-        _cut_part(parts[0])
+    by_hypervisors = [part.stored for part in parts if part.stored.backup]
+    work = [partial(_cut_part, part) for part in parts if not part.stored.backup]
+    if by_hypervisors:
+        work.append(partial(backups.cut, reservation.spec.group, by_hypervisors))
+    if len(work) == 1:
+        work[0]()
     else:
-        done = [executor.submit(_cut_part, part) for part in parts]
+        done = [executor.submit(one) for one in work]
         wait(done)  # also when one fails: the caller closes what the others still work on
         for future in done:
             future.result()
@@ -232,6 +277,8 @@ def reopen(root_fd: int, group: str) -> Reservation:
             target = open_file(reservation.directory, member.volume, os.O_RDWR)
             part = Part(member, -1, target)
             reservation.parts.append(part)
+            if member.backup:
+                continue  # whether its job goes on is seen when it is waited for
             if member.mode == "copy":
                 part.source = open_volume(root_fd, member.volume)
                 imagelock.hold(part.source, member.volume)
@@ -268,10 +315,12 @@ def _check_unwritten(part: Part) -> None:
         raise VolumeChanged(f"volume {volume} was written to before its copy was complete", volume=volume)
 
 
-def settle(reservation: Reservation, cut_time: datetime, record: str, progress: ReportProgress) -> layout.Manifest:
-    """Copy what was only locked, make everything durable, write the manifest.
+def settle(
+    reservation: Reservation, cut_time: datetime, record: str, backups: backup.Backups, progress: ReportProgress
+) -> layout.Manifest:
+    """Copy what was only locked, wait for hypervisors, make everything durable, write the manifest.
 
-    Raises VolumeChanged, PoolFull, Cancelled, OSError.
+    Raises VolumeChanged, CopyFailed, PoolFull, PoolUnavailable, Cancelled, OSError.
     """
     if any(part.lost for part in reservation.parts):
         raise VolumeChanged(f"the storage could not write what was cut for {reservation.spec.group}")
@@ -290,13 +339,18 @@ def settle(reservation: Reservation, cut_time: datetime, record: str, progress: 
     for part in copied:
         copying.copy(part.source, part.target, report)
         _check_unwritten(part)
+    by_hypervisors = [part.stored for part in reservation.parts if part.stored.backup]
+    if by_hypervisors:
+        backups.wait(reservation.spec.group, by_hypervisors, lambda part, whole: progress(done + part, total + whole))
     for part in reservation.parts:
+        if part.stored.backup:
+            backup.finish_target(part.target, part.stored)
+        elif part.stored.format == "qcow2":
+            _check_header(part, part.target)
         os.fchmod(part.target, 0o400)
         _sync(reservation, part)
-        if part.stored.format == "qcow2":
-            _check_header(part, part.target)
         chains.settle(reservation.directory, part.stored)
-        part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.format)
+        part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.stored_format)
     # the names, from the members' up: when the manifest's is there, so are theirs
     os.fsync(reservation.directory)
     layout.sync_snapshots(reservation.root)
@@ -305,6 +359,9 @@ def settle(reservation: Reservation, cut_time: datetime, record: str, progress: 
     manifest = layout.Manifest(group=reservation.spec.group, cut_time=cut_time, members=members, record=record)
     layout.write(reservation.directory, layout.MANIFEST, manifest)
     layout.remove(reservation.directory, layout.CUT)
+    if by_hypervisors:
+        backups.supersede(reservation.spec.group, by_hypervisors)
+        layout.remove(reservation.directory, layout.BACKUP)
     return manifest
 
 
@@ -335,4 +392,6 @@ def _sync(reservation: Reservation, part: Part) -> None:
 
 def member_of(stored: layout.StoredMember, handle: str = "", local_path: str = "") -> Member:
     """Return a stored member as the interface has it."""
-    return Member(stored.volume, stored.size_bytes, stored.format, stored.mode, handle, local_path)
+    return Member(
+        stored.volume, stored.size_bytes, stored.format, stored.mode, handle, local_path, atomic=stored.atomic
+    )
