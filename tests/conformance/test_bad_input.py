@@ -109,6 +109,17 @@ def other_cases() -> Iterator[tuple[str, str, Any, str]]:
     yield "a volume twice", "CreateGroupSnapshot", create(spec=twice), "spec.volumes[1].ref"
     odd = pb.GroupSnapshotSpec(volumes=[pb.VolumeSpec(ref=GOOD, format="vmdk")])
     yield "an unknown format", "CreateGroupSnapshot", create(spec=odd), "spec.volumes[0].format"
+    whole = {"hypervisor": "host1", "domain": UUID, "disk": "vda"}
+    bad_attachments = {
+        "hypervisor": ("", "a/b", "qemu+ssh://host/system", "h" * 256),
+        "domain": ("", "web1", UUID.upper().replace("1", "A")),
+        "disk": ("", "v" * 33, "vda'/>", "../vda"),
+    }
+    for key, values in bad_attachments.items():
+        for value in values:
+            attached = pb.VolumeSpec(ref=GOOD, attachment=pb.VolumeAttachment(**{**whole, key: value}))
+            request = create(spec=pb.GroupSnapshotSpec(volumes=[attached]))
+            yield f"attachment {key} {value[:9]!r}", "CreateGroupSnapshot", request, f"spec.volumes[0].attachment.{key}"
     yield "65 labels", "CreateGroupSnapshot", taken(labels={f"k{n}": "" for n in range(65)}), "spec.labels"
     yield "a vm uuid", "CreateGroupSnapshot", taken(vm=pb.VmRecord(uuid="no", name="x")), "spec.vm.uuid"
     yield "no vm name", "CreateGroupSnapshot", taken(vm=pb.VmRecord(uuid=UUID)), "spec.vm.name"
