@@ -7,7 +7,7 @@ remove   all of it, from any state, as often as it takes
 
 When the answer to the cut is lost, what it did is found by the reservation's tag: all snapshots are the cut, some of
 them are removed. A cut that the cluster carries out after that, for a reservation nobody knows any more, is never
-taken for another's: it is removed with the next reservation of the id, by the group's deletion, or by reconcile.
+taken for another's, and removed (late.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from providers.base import (
 from providers.storpool import tags
 from providers.storpool.cluster import Busy, Cluster, Missing
 from providers.storpool.devices import Devices
+from providers.storpool.late import LateCuts
 from providers.storpool.objects import Found, Objects
 
 log = structlog.get_logger()
@@ -74,9 +75,10 @@ def reserve(objects: Objects, spec: GroupSpec, executor: Executor) -> Reservatio
     return Reservation(spec.group, tuple(names), tuple(found))
 
 
-def cut(cluster: Cluster, objects: Objects, devices: Devices, reservation: Reservation, executor: Executor) -> None:
+def cut(cluster: Cluster, objects: Objects, reservation: Reservation, executor: Executor, late: LateCuts) -> None:
     """Take the snapshots. On an error none is left, as far as the cluster answers.
 
+    Nothing here is repeated or waited for longer than a call inside the window may take.
     Raises VolumeNotFound, VolumeChanged, PoolFull, PoolUnavailable.
     """
     count = len(reservation.volumes)
@@ -91,7 +93,7 @@ def cut(cluster: Cluster, objects: Objects, devices: Devices, reservation: Reser
             for number, (name, volume) in enumerate(zip(reservation.names, reservation.volumes, strict=True))
         ]
     }
-    checks = [partial(_check_same, cluster, objects, volume) for volume in reservation.volumes]
+    checks = [partial(_check_same, objects, volume) for volume in reservation.volumes]
     try:
         answer, *_ = together(executor, [partial(_snap, cluster, request), *checks])
         taken = answer if isinstance(answer, dict) else _taken(objects, reservation)
@@ -100,7 +102,8 @@ def cut(cluster: Cluster, objects: Objects, devices: Devices, reservation: Reser
                 f"the cut of {reservation.group} made {len(taken)} of {count} snapshots: {answer}"
             )
     except BaseException as error:
-        _remove_attempt(objects, devices, cluster, reservation)
+        _remove_attempt(cluster, objects, reservation)
+        late.expect(reservation.group, reservation.cut)
         if isinstance(error, Missing):
             raise _lost_volume(objects, reservation) from error
         raise
@@ -123,20 +126,21 @@ def _snap(cluster: Cluster, request: dict[str, Any]) -> dict[str, str] | PoolUna
     return PoolUnavailable(f"the StorPool API names {len(taken)} of {len(wanted)} snapshots in its answer")
 
 
-def _check_same(cluster: Cluster, objects: Objects, volume: Found) -> None:
-    if objects.any_volume(volume.by_id, cluster.call_in_window).size_bytes != volume.size_bytes:
+def _check_same(objects: Objects, volume: Found) -> None:
+    if objects.any_volume(volume.by_id, in_window=True).size_bytes != volume.size_bytes:
         raise VolumeChanged(f"volume {volume.name} was resized since it was prepared", volume=volume.name)
 
 
 def _taken(objects: Objects, reservation: Reservation) -> dict[str, str]:
-    ours = [one for one in objects.members(reservation.group) if one.tags.get(tags.CUT) == reservation.cut]
-    return {one.tags.get(tags.OF, ""): one.global_id for one in ours}
+    made = objects.members(reservation.group, in_window=True)
+    return {one.tags.get(tags.OF, ""): one.global_id for one in made if one.tags.get(tags.CUT) == reservation.cut}
 
 
-def _remove_attempt(objects: Objects, devices: Devices, cluster: Cluster, reservation: Reservation) -> None:
+def _remove_attempt(cluster: Cluster, objects: Objects, reservation: Reservation) -> None:
     """Remove what a failed cut left; what cannot be removed now the gateway has removed by abort()."""
     try:
-        remove(objects, devices, cluster, objects.members(reservation.group))
+        for snapshot_id in _taken(objects, reservation).values():
+            cluster.call_in_window("snapshotDelete", f"~{snapshot_id}")
     except ProviderError as error:
         log.warning("a failed cut may have left snapshots", group=reservation.group, error=str(error))
 

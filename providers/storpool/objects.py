@@ -84,9 +84,9 @@ class Objects:
             raise VolumeNotFound(f"volume {name} is in the cluster, but not in this pool", volume=name)
         return found
 
-    def any_volume(self, name: str, call: Callable[..., Any] | None = None) -> Found:
-        """Return a volume of the cluster, asked for by `call` instead of Cluster.call. Raises Missing."""
-        return _found("volume", _only((call or self._cluster.call)("volumeList", name, raw=True), name))
+    def any_volume(self, name: str, *, in_window: bool = False) -> Found:
+        """Return a volume of the cluster; `in_window` asks once and does not wait for long. Raises Missing."""
+        return _found("volume", _only(self._call(in_window)("volumeList", name, raw=True), name))
 
     def volumes(self) -> list[Found]:
         """Return the pool's volumes by name, with the room they take; none of Frostgate's own."""
@@ -105,12 +105,15 @@ class Objects:
         found = [_found("volume", one) for one in _listed(self._cluster.call("volumesList", raw=True))]
         return sorted(one.name for one in found if one.parent in parents)
 
-    def members(self, group: str | None = None) -> list[Found]:
-        """Return the snapshots that are a group's members (any group's without one), but not those being deleted."""
+    def members(self, group: str | None = None, *, in_window: bool = False) -> list[Found]:
+        """Return the snapshots that are a group's members (any group's without one), but not those being deleted.
+
+        `in_window` asks once and does not wait for long.
+        """
         ours = {tags.POOL: self.scope, tags.WHAT: tags.MEMBER}.items() | ({(tags.GROUP, group)} if group else set())
         return [
             _found("snapshot", one)
-            for one in _listed(self._cluster.call("snapshotsList", raw=True))
+            for one in _listed(self._call(in_window)("snapshotsList", raw=True))
             if ours <= (one.get("tags") or {}).items() and not one.get("deleted") and not one.get("destroyed")
         ]
 
@@ -160,6 +163,9 @@ class Objects:
             raise InvalidName(
                 f"a new volume's name has to {begin}not begin with '~' or '{tags.RESERVED_PREFIX}'", volume=name
             )
+
+    def _call(self, in_window: bool) -> Callable[..., Any]:
+        return self._cluster.call_in_window if in_window else self._cluster.call
 
     def _is_in_pool(self, found: Found) -> bool:
         if tags.WHAT in found.tags or not _is_nameable(found.name):

@@ -40,6 +40,7 @@ from providers.storpool import cutting, reverting, tags
 from providers.storpool.cluster import Cluster, Exists
 from providers.storpool.cutting import Reservation, shown
 from providers.storpool.devices import Devices
+from providers.storpool.late import LateCuts
 from providers.storpool.objects import Found, Objects
 from providers.storpool.options import StorPoolOptions
 from providers.storpool.reading import DeviceReader, differences
@@ -63,6 +64,7 @@ class StorPoolProvider(Provider):
         self._cluster = Cluster(pool, options)
         self._objects = Objects(self._cluster, options)
         self._devices = Devices(self._cluster, self._objects, options)
+        self._late = LateCuts(self._remove_cut)
         self._store = Store(self._cluster, self._objects, self._devices)
         self._lock = threading.Lock()
         self._reservations: dict[str, Reservation] = {}
@@ -145,7 +147,7 @@ class StorPoolProvider(Provider):
         if reservation is None:
             raise VolumeChanged(f"the reservation of {group} is gone: prepare again", group=group)
         if reservation.snapshots is None:
-            cutting.cut(self._cluster, self._objects, self._devices, reservation, self._executor)
+            cutting.cut(self._cluster, self._objects, reservation, self._executor, self._late)
         return reservation.members()
 
     def settle(self, group: str, cut_time: datetime, record: bytes, progress: ReportProgress) -> list[Member]:
@@ -261,6 +263,7 @@ class StorPoolProvider(Provider):
 
     def close(self) -> None:
         """See Provider."""
+        self._late.close()
         self._executor.shutdown(wait=False)
 
     def _members(self, group: str) -> list[Found]:
@@ -290,6 +293,11 @@ class StorPoolProvider(Provider):
         cutting.remove(self._objects, self._devices, self._cluster, members)
         if progress:
             progress(total, total)
+
+    def _remove_cut(self, group: str, cut: str) -> int:
+        members = [member for member in self._objects.members(group) if member.tags.get(tags.CUT) == cut]
+        cutting.remove(self._objects, self._devices, self._cluster, members)
+        return len(members)
 
     def _tags_of(self, name: str) -> dict[str, str]:
         try:
