@@ -1,5 +1,6 @@
 """The simulator's copy-on-write layers against plain bytes: whatever is done, every snapshot stays what it was."""
 
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -129,3 +130,24 @@ def test_what_a_volume_was_cut_off_does_not_come_back_when_layers_merge(tmp_path
     volume.skip_parent()
     assert volume.read(0, 16384) == expected
     store.close()
+
+
+def test_snapshots_may_be_thousands(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    store = LayerStore(tmp_path / "layers")
+    try:
+        layer = None
+        for number in range(1200):
+            layer = store.add(f"{number}", layer, 8192)
+            if number == 0:
+                layer.write(100, b"oldest")
+        assert layer
+        assert layer.read(0, 8192) == (bytes(100) + b"oldest").ljust(8192, b"\0")
+        assert layer.seen_bytes() == 4096
+        for unsynced in layer.unsynced():
+            unsynced.sync()
+        assert layer.unsynced() == []
+    finally:
+        store.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -65,14 +65,17 @@ def names(listed: list[Any]) -> set[str]:
     return {found.name for found in listed}
 
 
-def content(sim: StorpoolSim, snapshot: str, length: int) -> bytes:
-    """What a snapshot has, read from its device."""
-    sim.api().volumesReassignWait({"reassign": [{"snapshot": f"~{snapshot}", "ro": [CLIENT]}]})
+def contents(sim: StorpoolSim, snapshots: list[str], length: int) -> list[bytes]:
+    """What snapshots have, read from their devices."""
+
+    def reassign(change: dict[str, Any]) -> None:
+        sim.api().volumesReassignWait({"reassign": [{"snapshot": f"~{found}", **change} for found in snapshots]})
+
+    reassign({"ro": [CLIENT]})
     try:
-        with (sim.devices_by_id / snapshot).open("rb") as device:
-            return device.read(length)
+        return [(sim.devices_by_id / snapshot).read_bytes()[:length] for snapshot in snapshots]
     finally:
-        sim.api().volumesReassignWait({"reassign": [{"snapshot": f"~{snapshot}", "detach": "all"}]})
+        reassign({"detach": "all"})
 
 
 def test_a_group_snapshot_keeps_the_bytes_and_a_revert_brings_them_back(sim: StorpoolSim) -> None:
@@ -99,8 +102,8 @@ def test_a_group_snapshot_keeps_the_bytes_and_a_revert_brings_them_back(sim: Sto
 
 
 def test_a_group_is_one_instant_while_somebody_writes(sim: StorpoolSim) -> None:
-    volumes = [next(_names) for _ in range(3)]
-    files = [os.open(sim.create(volume, MIB), os.O_RDWR) for volume in volumes]
+    volumes = [next(_names) for _ in range(8)]
+    files = [os.open(sim.create(volume, 4096), os.O_RDWR) for volume in volumes]
     ended, failed = threading.Event(), []
 
     def write() -> None:
@@ -118,14 +121,17 @@ def test_a_group_is_one_instant_while_somebody_writes(sim: StorpoolSim) -> None:
     writer.start()
     groups = [
         sim.api().snapshotCreateGroup({"volumes": [{"volume": volume} for volume in volumes]}).snapshots
-        for _ in range(20)
+        for _ in range(40)
     ]
     ended.set()
     writer.join()
     for file in files:
         os.close(file)
     assert not failed
-    seen = [[int.from_bytes(content(sim, made.snapshotGlobalId, 8)) for made in group] for group in groups]
+    seen = [
+        [int.from_bytes(found) for found in contents(sim, [made.snapshotGlobalId for made in group], 8)]
+        for group in groups
+    ]
     for numbers in seen:
         assert sorted(numbers, reverse=True) == numbers, "a later write without an earlier one"
         assert numbers[0] - numbers[-1] <= 1
@@ -409,7 +415,7 @@ def test_frozen_and_rebased_volumes_keep_their_bytes(sim: StorpoolSim, name: str
     sim.detach(name)
     api.volumeFreeze(name, {})
     assert name in names(api.snapshotsList())
-    assert content(sim, api.snapshotList(name)[0].globalId, 10000) == b"2" * 5000 + b"1" * 5000
+    assert contents(sim, [api.snapshotList(name)[0].globalId], 10000) == [b"2" * 5000 + b"1" * 5000]
 
 
 def test_the_key_value_store_goes_by_versions(sim: StorpoolSim, name: str) -> None:

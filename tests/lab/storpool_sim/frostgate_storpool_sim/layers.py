@@ -41,10 +41,10 @@ class Layer:
         self._writes = self._synced = 0
         directory.mkdir(exist_ok=True)
         self._data = os.open(directory / "data", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._map_file = os.open(directory / "map", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._data, size_bytes)
-        os.ftruncate(self._map_file, _chunks(size_bytes))
-        self._map = mmap.mmap(self._map_file, _chunks(size_bytes))
+        with (directory / "map").open("a+b") as file:
+            file.truncate(_chunks(size_bytes))
+            self._map = mmap.mmap(file.fileno(), _chunks(size_bytes))
         self.own_chunks = self._map[:].count(_PRESENT)
 
     @property
@@ -55,7 +55,15 @@ class Layer:
     def read(self, offset: int, length: int) -> bytes:
         """Return what a reader of the volume sees; zeros past the layer's end."""
         answer = bytearray(length)
-        self._read_into(memoryview(answer), offset)
+        view = memoryview(answer)
+        wanted: list[tuple[Layer, int, int]] = [(self, offset, offset + length)]
+        while wanted:  # no recursion: there may be thousands of snapshots
+            layer, begin, end = wanted.pop()
+            for present, first, last in layer._runs_between(begin, min(end, layer.size_bytes)):
+                if present:
+                    _read_exactly(layer._data, view[first - offset : last - offset], first)
+                elif layer.parent is not None and first < layer.shown:
+                    wanted.append((layer.parent, first, min(last, layer.shown)))
         return bytes(answer)
 
     def write(self, offset: int, content: bytes) -> None:
@@ -78,7 +86,6 @@ class Layer:
         if size_bytes < self.size_bytes:
             self._cut_off(size_bytes)
         os.ftruncate(self._data, size_bytes)
-        os.ftruncate(self._map_file, _chunks(size_bytes))
         self._map.resize(_chunks(size_bytes))
         self.size_bytes = size_bytes
         self.own_chunks = self._map[:].count(_PRESENT)
@@ -91,7 +98,13 @@ class Layer:
 
     def seen_bytes(self) -> int:
         """How much of the volume was ever written, in this layer and those that show through."""
-        return CHUNK_BYTES * self._seen(_chunks(self.size_bytes)).bit_count()
+        seen, layer, chunks = 0, self, len(self._map)
+        while True:
+            seen |= int.from_bytes(layer._map[:chunks], "little")
+            chunks = min(chunks, _chunks(layer.shown))
+            if layer.parent is None:
+                return CHUNK_BYTES * seen.bit_count()
+            layer = layer.parent
 
     def take_over(self, first: int, count: int) -> None:
         """Copy those of some of the parent's chunks that show through: the parent is needed no more for them."""
@@ -114,10 +127,14 @@ class Layer:
 
     def unsynced(self) -> list[Unsynced]:
         """Return what has to be synced, here and in the parents."""
-        below = self.parent.unsynced() if self.parent else []
-        if self._synced == self._writes:
-            return below
-        return [*below, Unsynced(self, self._writes, os.dup(self._data), os.dup(self._map_file))]
+        found: list[Unsynced] = []
+        layer: Layer | None = self
+        while layer is not None:
+            if layer._synced < layer._writes:
+                files = [os.open(layer.directory / name, os.O_RDONLY | os.O_CLOEXEC) for name in ("data", "map")]
+                found.append(Unsynced(layer, layer._writes, *files))
+            layer = layer.parent
+        return found
 
     def synced(self, writes: int) -> None:
         """So many writes are on the disk."""
@@ -127,34 +144,17 @@ class Layer:
         """Let go of the files."""
         self._map.close()
         os.close(self._data)
-        os.close(self._map_file)
 
-    def _read_into(self, answer: memoryview, offset: int) -> None:
-        """Fill a buffer of zeros."""
-        layer: Layer | None = self
-        length = min(len(answer), self.size_bytes - offset)
-        if length <= 0:
-            return
-        first, last = offset // CHUNK_BYTES, (offset + length - 1) // CHUNK_BYTES
-        for run in _RUNS.finditer(self._map, first, last + 1):
-            begin = max(run.start() * CHUNK_BYTES, offset)
-            end = min(run.end() * CHUNK_BYTES, offset + length)
-            part = answer[begin - offset : end - offset]
-            if run[0][:1] == _PRESENT:
-                _read_exactly(self._data, part, begin)
-            elif (layer := self.parent) is not None and begin < self.shown:
-                layer._read_into(part[: self.shown - begin], begin)
+    def _runs_between(self, begin: int, end: int) -> Iterator[tuple[bool, int, int]]:
+        """Yield (whether this layer has it, begin, end) for a range that lies within the size."""
+        if begin < end:
+            for run in _RUNS.finditer(self._map, begin // CHUNK_BYTES, _chunks(end)):
+                first, last = max(run.start() * CHUNK_BYTES, begin), min(run.end() * CHUNK_BYTES, end)
+                yield run[0][:1] == _PRESENT, first, last
 
     def _missing(self, chunk: int, begin: int, end: int) -> bytes:
         """What must be written beside a part of a chunk so that the chunk is whole."""
         return b"" if begin >= end or self._map[chunk] else self.read(begin, end - begin)
-
-    def _seen(self, chunks: int) -> int:
-        """One bit per eight for every chunk that was written, among the first `chunks`."""
-        seen = int.from_bytes(self._map[: min(chunks, len(self._map))], "little")
-        if self.parent is not None:
-            seen |= self.parent._seen(min(chunks, _chunks(self.shown)))
-        return seen
 
     def _cut_off(self, size_bytes: int) -> None:
         whole = size_bytes // CHUNK_BYTES
