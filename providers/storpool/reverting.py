@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from providers.base import ReportProgress, SnapshotNotFound, VolumeInUse, VolumeNotFound
+import structlog
+
+from providers.base import InvalidName, ReportProgress, SnapshotNotFound, VolumeInUse, VolumeNotFound
 from providers.storpool import tags
 from providers.storpool.cluster import Busy, Cluster, Exists, Missing
 from providers.storpool.objects import Attachment, Found, Objects
 from providers.storpool.store import Content, Detached, Store
+
+log = structlog.get_logger()
 
 
 def chosen(group: str, members: Sequence[Found], volumes: Sequence[str]) -> dict[str, Found]:
@@ -71,6 +75,7 @@ def set_back(
         try:
             found = objects.volume(volume)
             cluster.call("volumeRevert", found.by_id, {"toSnapshot": snapshot.by_id})
+            _resize(cluster, objects.volume(volume), snapshot.size_bytes)
         except (VolumeNotFound, Missing):
             made[snapshot.tags[tags.OF]] = bring_back(objects, volume, snapshot).global_id
         except Busy:
@@ -78,6 +83,12 @@ def set_back(
         done += snapshot.size_bytes
     progress(total, total)
     return made
+
+
+def _resize(cluster: Cluster, found: Found, size_bytes: int) -> None:
+    """Give a volume the size that it had: whether VolumeRevert does so is not documented."""
+    if found.size_bytes != size_bytes:
+        cluster.call("volumeUpdate", found.by_id, {"size": size_bytes, "shrinkOk": True})
 
 
 def bring_back(objects: Objects, volume: str, snapshot: Found) -> Found:
@@ -115,14 +126,19 @@ def detach_all(cluster: Cluster, objects: Objects, store: Store, group: str, vol
 
 
 def attach_again(cluster: Cluster, store: Store, group: str, made: dict[str, str]) -> None:
-    """Attach again what this revert has detached, and forget it. Repeatable."""
+    """Attach again what this revert has detached, and forget it. Repeatable. Raises PoolUnavailable.
+
+    The volumes are reverted by then: a client that the cluster does not know any more is said in the log, and does not
+    hold up the others.
+    """
     record = store.settled(group)
     content = store.read(record)
     if not content.detached:
         return
-    wanted: dict[str, dict[str, list[int]]] = {}
     for one in content.detached:
-        wanted.setdefault(made.get(one.volume_id, one.volume_id), {}).setdefault(one.rights, []).append(one.client)
-    changes = [{"volume": f"~{volume_id}", **rights} for volume_id, rights in wanted.items()]
-    cluster.call("volumesReassignWait", {"reassign": changes, "attachTimeout": 0})
+        change = {"volume": f"~{made.get(one.volume_id, one.volume_id)}", one.rights: [one.client]}
+        try:
+            cluster.call("volumesReassignWait", {"reassign": [change], "attachTimeout": 0})
+        except (InvalidName, Missing) as error:
+            log.warning("could not be attached again", group=group, **one.model_dump(), error=str(error))
     store.write(record, Content(content.record))

@@ -195,6 +195,45 @@ def test_volumes_are_named_by_name_global_id_and_device(bench: Bench) -> None:
     assert [(one.volume.pool, one.volume.volume) for one in answers] == list(cases.values())
 
 
+def test_volumes_without_a_name_are_known_by_their_global_id(bench: Bench) -> None:
+    """As CloudStack makes them."""
+    api = cluster(bench).api()
+    global_id = api.volumeCreate({"size": 4 * MIB, "template": TEMPLATE}).globalId
+    name, device = f"~{global_id}", cluster(bench).devices_by_id / global_id
+    bench.volumes.append(("main", name))
+
+    def content(write: bytes = b"") -> bytes:
+        api.volumesReassignWait({"reassign": [{"volume": name, "rw": [CLIENT]}]})
+        with device.open("r+b", buffering=0) as file:
+            if write:
+                file.write(write)
+            found = os.pread(file.fileno(), 8, 0)
+        cluster(bench).detach(name)
+        return found
+
+    content(b"original")
+    listed = bench.stub.ListVolumes(rpc.ListVolumesRequest(pool="main")).volumes
+    assert name in [found.ref.volume for found in listed]
+    source = volume_pb2.DiskSource(block_device=str(device))
+    answer = bench.stub.ResolveVolumes(rpc.ResolveVolumesRequest(sources=[source])).resolutions[0]
+    assert answer.volume.volume == name
+    group = bench.id()
+    bench.take(group, name)
+    content(b"damaged!")
+    assert bench.read(group, name, 0, 8) == b"original"
+    assert bench.revert(group).revert.state == DONE
+    assert content() == b"original"
+
+
+def test_a_volume_that_was_resized_is_reverted_to_its_size(bench: Bench) -> None:
+    volume, group = bench.volume(), bench.id()
+    then = bench.storage.digest(volume)
+    bench.take(group, volume)
+    bench.storage.resize(volume, 9 * MIB)
+    assert bench.revert(group).revert.state == DONE
+    assert bench.storage.digest(volume) == then
+
+
 @pytest.mark.parametrize("selection", [{"name_prefix": "mine-"}, {"tag": "tenant=a"}], ids=str)
 def test_a_pool_is_what_a_prefix_or_a_tag_selects(bench: Bench, tmp_path: Path, selection: dict[str, str]) -> None:
     api, number = cluster(bench).api(), bench.number
