@@ -33,7 +33,7 @@ demo: setup ## Snapshot a real running VM, let it damage a file, revert, and see
 test: setup ## Run every test, with real libvirt, real guests, real file systems and a real one-node Ceph.
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
-bench: setup ## Measure: freeze windows (files, Ceph), reverts, size independence, the gateway's own cost; each beside its peer.
+bench: setup ## Measure: freeze windows (files, Ceph, StorPool), reverts, size independence, the gateway's own cost; each beside its peer.
 	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done
 
 lint: setup ## ruff, mypy --strict, buf lint, import-linter.
