@@ -198,7 +198,7 @@ def group_directory(root_fd: int, group: str) -> Iterator[int | None]:
     """Yield a descriptor of a group's directory, or None when there is none."""
     try:
         descriptor = open_beneath(root_fd, group_path(group), os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         yield None
         return
     try:
@@ -330,7 +330,10 @@ def remove_group(root_fd: int, group: str) -> None:
         tree = _open_tree(snapshots, group)
         if tree is not None:
             try:
-                remove(tree, MANIFEST)
+                try:
+                    remove(tree, MANIFEST)
+                except IsADirectoryError:  # planted
+                    remove_tree(tree, MANIFEST)
                 os.fsync(tree)
             finally:
                 os.close(tree)

@@ -37,7 +37,8 @@ def lock(root_fd: int, volumes: Sequence[str]) -> list[int]:
 def unlock(held: Sequence[int]) -> None:
     """End lock()."""
     for descriptor in held:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written; the lock ends in any case
+            os.close(descriptor)
 
 
 def stage(
