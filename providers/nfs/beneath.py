@@ -11,8 +11,8 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from providers.base import InvalidName, PoolFull, PoolUnavailable, VolumeNotFound
@@ -88,12 +88,23 @@ def open_file(directory_fd: int, name: str, flags: int = os.O_RDONLY) -> int:
     """
     # O_NONBLOCK: opening a FIFO must not hang
     descriptor = open_beneath(directory_fd, name, flags | os.O_NONBLOCK)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    try:
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    except OSError:
+        close_all([descriptor])
+        raise
     if kind != stat.S_IFREG:
         os.close(descriptor)
         number = errno.EISDIR if kind == stat.S_IFDIR else errno.ENXIO
         raise OSError(number, "not a regular file", name)
     return descriptor
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors whose errors do not count any more: nothing was written, or it was synced, or is removed."""
+    for descriptor in descriptors:
+        with suppress(OSError):  # it is closed in any case
+            os.close(descriptor)
 
 
 def is_volume_name(name: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from providers.base import CapabilityMissing, SnapshotDamaged, SnapshotNotFound, VolumeChanged, VolumeInUse
 from providers.nfs import copying, imagelock, layout, qcow2
-from providers.nfs.beneath import directory, open_beneath, open_file
+from providers.nfs.beneath import close_all, directory, open_beneath, open_file
 from providers.nfs.images import FORMATS
 from providers.nfs.qemu import Image
 
@@ -46,8 +46,7 @@ def opened(root_fd: int, volume: str, descriptor: int, mounts: Sequence[Path]) -
         _follow(root_fd, volume, descriptor, mounts, found)
         yield found
     finally:
-        for backing in found:
-            os.close(backing.image.descriptor)
+        close_all(backing.image.descriptor for backing in found)
 
 
 def _follow(root_fd: int, volume: str, descriptor: int, mounts: Sequence[Path], found: list[Backing]) -> None:
@@ -215,8 +214,7 @@ def member(group_fd: int, stored: layout.StoredMember) -> Iterator[list[Image]]:
                 )
         yield chain
     finally:
-        for image in chain:
-            os.close(image.descriptor)
+        close_all(image.descriptor for image in chain)
 
 
 def is_unchanged(descriptor: int, backing: layout.StoredBacking) -> bool:

@@ -18,13 +18,12 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from providers.base import GroupBusy, PoolUnavailable, VolumeInUse
 from providers.nfs import imagelock, layout
-from providers.nfs.beneath import directory, open_beneath
+from providers.nfs.beneath import close_all, directory, open_beneath
 
 _LOCK = ".lock"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
@@ -44,8 +43,7 @@ class Held:
         """End the locks. Repeatable."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with suppress(OSError):  # nothing was written; on a stale mount the server has ended them already
-                os.close(descriptor)
+            close_all([descriptor])  # on a stale mount the server has ended them already
 
     def __enter__(self) -> Self:
         """Enter: itself."""
@@ -132,24 +130,30 @@ def _lock(root_fd: int, *, shared: Sequence[str] = (), exclusive: Sequence[str] 
             except OSError as error:
                 if error.errno in imagelock.NO_LOCKS:
                     return Held(descriptor)
-                os.close(descriptor)
+                close_all([descriptor])
                 if error.errno not in _TAKEN:
                     raise
                 if time.monotonic() > deadline:
                     raise BlockingIOError(errno.EAGAIN, "locked by another gateway") from None
                 time.sleep(0.02)
                 continue
-            os.close(descriptor)  # somebody removed `.frostgate` meanwhile: lock what the others lock
+            close_all([descriptor])  # somebody removed `.frostgate` meanwhile: lock what the others lock
 
 
 def _open(snapshots_fd: int) -> int:
     try:
         descriptor = open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_NONBLOCK)
     except FileNotFoundError:
-        descriptor = open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        os.close(open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600))
         # a power cut of the server alone must not take the file away from those who have locked it
         os.fsync(snapshots_fd)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        descriptor = open_beneath(snapshots_fd, _LOCK, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        close_all([descriptor])
+        raise
+    if not is_file:
         os.close(descriptor)
         raise PoolUnavailable(f"{layout.SNAPSHOTS}/{_LOCK} is not a regular file; remove it")
     return descriptor

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from providers.nfs import copying, layout, locks
-from providers.nfs.beneath import directory, open_beneath
+from providers.nfs.beneath import close_all, directory, open_beneath
 
 _PROBE = ".probe"
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
@@ -36,7 +36,8 @@ def _two_files(root_fd: int) -> Iterator[tuple[int, int]]:
     opened: list[int] = []
     try:
         try:
-            opened += [open_beneath(root_fd, ".", os.O_TMPFILE | os.O_RDWR, 0o600) for _ in range(2)]
+            for _ in range(2):
+                opened.append(open_beneath(root_fd, ".", os.O_TMPFILE | os.O_RDWR, 0o600))
         except OSError as error:
             if error.errno not in _NO_UNNAMED:
                 raise
@@ -47,5 +48,4 @@ def _two_files(root_fd: int) -> Iterator[tuple[int, int]]:
                 layout.remove(snapshots_fd, _PROBE)
         yield opened[0], opened[1]
     finally:
-        for descriptor in opened:
-            os.close(descriptor)
+        close_all(opened)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import Executor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Literal, TypeAlias
 
 from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged, VolumeNotFound, VolumeSpec
 from providers.nfs import backup, chains, copying, imagelock, layout, locks, qcow2
-from providers.nfs.beneath import directory, open_beneath, open_file, open_volume
+from providers.nfs.beneath import close_all, directory, open_beneath, open_file, open_volume
 from providers.nfs.images import Format, format_of, virtual_size
 
 Mode: TypeAlias = Literal["clone", "backup", "copy", "copy-inside"]
@@ -37,10 +36,7 @@ class Part:
 
     def close(self) -> None:
         """Close both; ends the lock on the volume."""
-        for descriptor in (self.source, self.target):
-            if descriptor >= 0:
-                with suppress(OSError):  # late errors of writing: what counts was fsynced before, the rest is removed
-                    os.close(descriptor)
+        close_all(descriptor for descriptor in (self.source, self.target) if descriptor >= 0)
         self.source = self.target = -1
 
 
@@ -60,10 +56,7 @@ class Reservation:
         """Close everything; what is on the storage stays."""
         for part in self.parts:
             part.close()
-        for descriptor in (self.root, self.directory):
-            if descriptor >= 0:
-                with suppress(OSError):  # nothing was written to them
-                    os.close(descriptor)
+        close_all(descriptor for descriptor in (self.root, self.directory) if descriptor >= 0)
         for lock in (self.volumes_lock, self.group_lock):
             if lock:
                 lock.close()
@@ -98,7 +91,7 @@ def reserve(
                 if not cloning:
                     _let_hypervisor_cut(root_fd, spec, volume, source, stored, backups)
             except BaseException:
-                os.close(source)
+                close_all([source])
                 raise
             reservation.parts.append(Part(stored, source, -1))
         if not cloning:

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from providers.base import CapabilityMissing, PoolFull, ReportProgress, SnapshotNotFound, VolumeNotFound
 from providers.nfs import imagelock, layout, restoring
-from providers.nfs.beneath import directory, open_beneath, open_volume
+from providers.nfs.beneath import close_all, directory, open_beneath, open_volume
 
 _STAGED = ".staged.json"
 
@@ -36,9 +36,7 @@ def lock(root_fd: int, volumes: Sequence[str]) -> list[int]:
 
 def unlock(held: Sequence[int]) -> None:
     """End lock()."""
-    for descriptor in held:
-        with suppress(OSError):  # nothing was written; the lock ends in any case
-            os.close(descriptor)
+    close_all(held)
 
 
 def stage(
