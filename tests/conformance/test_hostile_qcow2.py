@@ -139,10 +139,11 @@ def test_a_broken_header_is_damage_and_no_more(bench: Bench, directory: Path, of
 
 
 @pytest.mark.parametrize(
-    ("offset", "content"), [(4, b"\0\0\0\1"), (24, b"\xff" * 8), (8, b"\0" * 6 + b"\x10\0\xff\xff\xff\xff")]
+    ("offset", "content"),
+    [(4, b"\0\0\0\1"), (24, (2 << 50).to_bytes(8, "big")), (8, b"\0" * 6 + b"\x10\0\xff\xff\xff\xff")],
 )
 def test_what_qemu_would_not_open_is_refused(bench: Bench, directory: Path, offset: int, content: bytes) -> None:
-    """Version 1, a size that no file has, a name of 4 GiB."""
+    """Version 1, a size of 2 PiB, a name of 4 GiB."""
     volume, group = bench.volume(image_format="qcow2"), bench.id()
     with (directory / volume).open("r+b") as file:
         file.seek(offset)
