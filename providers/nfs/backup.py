@@ -182,7 +182,7 @@ def make_target(root_fd: int, group_fd: int, target: int, member: layout.StoredM
     planned = member.backup
     if planned is None:
         raise ValueError(f"{member.volume} is not cut by its hypervisor")
-    words = ["create", "-q", "-f", "qcow2", f"/dev/fd/{target}", str(member.size_bytes)]
+    words = ["create", "-q", "-f", "qcow2", qemu.path_of(target), str(member.size_bytes)]
     qemu.run("qemu-img", words, [target], timeout_s=_CREATE_TIMEOUT_S)
     try:
         os.fchown(target, member.attributes.uid, member.attributes.gid)

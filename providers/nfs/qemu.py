@@ -1,8 +1,8 @@
 """QEMU's tools on images that we have opened: what a header names is never opened, only what it is given.
 
 An image is handed over as a descriptor, its whole chain of backing files with it, every format said: QEMU opens
-/dev/fd/N and neither follows a name in a header nor probes a content. The one other file that a header can name,
-a data file, has to be refused before (qcow2.py). The tools run without privileges that they do not need, with
+/proc/self/fd/N and neither follows a name in a header nor probes a content. The one other file that a header can
+name, a data file, has to be refused before (qcow2.py). The tools run without privileges that they do not need, with
 limits on memory, and die with us.
 """
 
@@ -72,7 +72,12 @@ def source(chain: Chain) -> str:
 
 def target(image: Image) -> str:
     """Return one image without its backing file as `--image-opts` has it."""
-    return f"driver={image.format},file.driver=file,file.filename=/dev/fd/{image.descriptor}"
+    return f"driver={image.format},file.driver=file,file.filename={path_of(image.descriptor)}"
+
+
+def path_of(descriptor: int) -> str:
+    """Return an open file's name for a tool that it is passed to. Not /dev/fd, which a bare system does not have."""
+    return f"/proc/self/fd/{descriptor}"
 
 
 def descriptors_of(chain: Chain) -> tuple[int, ...]:
@@ -148,7 +153,7 @@ def convert(
     if into.format == "raw":
         where = ["-n", "--target-is-zero", "--target-image-opts", source(chain), target(into)]
     else:
-        where = ["-O", into.format, source(chain), f"/dev/fd/{into.descriptor}"]
+        where = ["-O", into.format, source(chain), path_of(into.descriptor)]
     descriptors = (*descriptors_of(chain), into.descriptor)
     with running("qemu-img", ["convert", "-p", *options, *where], descriptors) as output:
         done, unread = 0.0, b""
@@ -194,7 +199,7 @@ def _node(chain: Chain) -> dict[str, Any]:
     image, below = chain[0], chain[1:]
     node: dict[str, Any] = {
         "driver": image.format,
-        "file": {"driver": "file", "filename": f"/dev/fd/{image.descriptor}"},
+        "file": {"driver": "file", "filename": path_of(image.descriptor)},
     }
     if image.format == "qcow2":
         node["backing"] = _node(below) if below else None
