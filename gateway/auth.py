@@ -18,11 +18,12 @@ from gateway.errors import Refused
 
 @dataclass(frozen=True)
 class Identity:
-    """A known client. `pools` None means every pool."""
+    """A known client. `pools` None means every pool; a `local` one has come by a unix socket."""
 
     name: str
     rights: frozenset[Right]
     pools: frozenset[str] | None = None
+    local: bool = False
 
     def require(self, right: Right, pools: Iterable[str] = ()) -> None:
         """Raise Refused PERMISSION_DENIED unless the client may do that in all of these pools."""
@@ -42,7 +43,8 @@ class Identity:
 
 
 EVERYTHING: frozenset[Right] = frozenset({"read", "snapshot", "revert", "delete"})
-LOCAL = Identity("local", EVERYTHING)
+LOCAL = Identity("local", EVERYTHING, local=True)
+ANYBODY = Identity("anybody", EVERYTHING)
 
 
 class Authenticator:
@@ -73,7 +75,7 @@ class Authenticator:
                 if hmac.compare_digest(digest, client.token_sha256 or ""):
                     return _identity(client)
         if self._insecure:
-            return LOCAL
+            return ANYBODY
         raise Refused("UNAUTHENTICATED", "show a known client certificate or token (authorization: Bearer ...)")
 
 

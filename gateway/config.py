@@ -64,6 +64,7 @@ class Limits(_Table):
     settle_retry_s: float = Field(default=600, ge=0)
     drain_s: float = Field(default=30, ge=0, le=600)
     read_streams: int = Field(default=16, ge=1, le=256)
+    nbd_connections: int = Field(default=128, ge=1, le=1024)
 
 
 class Gateway(_Table):
@@ -78,6 +79,12 @@ class Gateway(_Table):
     metrics: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: Limits = Limits()
+
+    @property
+    def unix_socket(self) -> Path | None:
+        """The first unix socket that is listened on, or None."""
+        paths = (address.removeprefix("unix:") for address in self.listen if address.startswith("unix:"))
+        return next(map(Path, paths), None)
 
 
 class PoolConfig(BaseModel):

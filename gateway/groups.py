@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -134,6 +135,7 @@ class Core:
     claims: Claims = field(default_factory=Claims)
     readers: Readers = field(init=False)
     stopping: bool = False
+    nbd_socket: Path | None = None
     _live: WeakValueDictionary[str, Live] = field(default_factory=WeakValueDictionary)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 

@@ -1,13 +1,14 @@
 """Members kept open between reads: opening one may start a qemu-nbd or open an image in a cluster.
 
 A reader is lent to one call at a time. It comes back only from calls that ended well, is closed when nobody wanted
-it for IDLE_S, and before its snapshot is deleted.
+it for IDLE_S, and before its snapshot is deleted. Who has readers of his own for longer (an NBD connection) says so
+by a Hold, and is asked to end then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +30,14 @@ class _Idle:
     closing: asyncio.TimerHandle
 
 
+@dataclass(eq=False)
+class Hold:
+    """Somebody who reads a snapshot for long. `end` asks him to stop, from any thread; he says when he has."""
+
+    end: Callable[[], None]
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @dataclass
 class Readers:
     """The idle readers of a gateway. All of it belongs to the event loop."""
@@ -36,6 +45,7 @@ class Readers:
     timeout_s: float
     _idle: dict[Key, list[_Idle]] = field(default_factory=dict)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    _holds: dict[str, set[Hold]] = field(default_factory=dict)
 
     @asynccontextmanager
     async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[BlockReader]:
@@ -60,8 +70,31 @@ class Readers:
         closing = asyncio.get_running_loop().call_later(IDLE_S, self._expired, key, reader)
         self._idle.setdefault(key, []).append(_Idle(pool, reader, closing))
 
+    def borrowed(self, group_id: str, hold: Hold) -> None:
+        """Note somebody who has readers of his own of a group snapshot, or will have."""
+        self._holds.setdefault(group_id, set()).add(hold)
+
+    def returned(self, group_id: str, hold: Hold) -> None:
+        """Note that he has closed them."""
+        hold.ended.set()
+        holds = self._holds.get(group_id, set())
+        holds.discard(hold)
+        if not holds:
+            self._holds.pop(group_id, None)
+
     async def forget(self, group_id: str | None = None) -> None:
-        """Close the idle readers of a group snapshot, or all."""
+        """Close the idle readers of a group snapshot, or all, and end whoever holds some.
+
+        Does not wait longer than the deadline for those who hang in a storage.
+        """
+        holds = [hold for key, some in self._holds.items() if group_id in (None, key) for hold in some]
+        for hold in holds:
+            hold.end()
+        if holds:
+            waiting = [asyncio.ensure_future(hold.ended.wait()) for hold in holds]
+            _, hanging = await asyncio.wait(waiting, timeout=self.timeout_s)
+            for task in hanging:
+                task.cancel()
         for key in [key for key in self._idle if group_id in (None, key[1])]:
             for idle in self._idle.pop(key, []):
                 idle.closing.cancel()

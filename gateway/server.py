@@ -7,6 +7,7 @@ import grp
 import os
 import resource
 import signal
+import socket
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from gateway.calls import SERVICE, CallInterceptor
 from gateway.config import Config, Gateway
 from gateway.groups import Core
 from gateway.journal import Journal
+from gateway.nbd.exports import Exports
+from gateway.nbd.server import NbdServer, socket_beside
 from gateway.pools import Pools
 from gateway.servicer import SnapshotProvider
 
@@ -46,7 +49,8 @@ async def run(config: Config) -> None:
     _raise_file_limit()
     journal = Journal(config.gateway.journal)
     pools = Pools(config.pools, limits)
-    core = Core(journal, pools, limits)
+    core = Core(journal, pools, limits, nbd_socket=_nbd_socket(config.gateway))
+    nbd_server: NbdServer | None = None
     health = HealthServicer()
     server = grpc.aio.server(
         interceptors=[CallInterceptor(Authenticator(config))],
@@ -68,6 +72,9 @@ async def run(config: Config) -> None:
         for address in config.gateway.listen:
             _listen(server, address, config.gateway)
         await server.start()
+        if core.nbd_socket:
+            nbd_server = NbdServer(Exports(core), _bound(core.nbd_socket))
+            nbd_server.start()
         _open_sockets(config.gateway)
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -79,6 +86,8 @@ async def run(config: Config) -> None:
         await health.enter_graceful_shutdown()
         await server.stop(_CALLS_GRACE_S)
     finally:
+        if nbd_server:
+            nbd_server.close()
         await core.drain(limits.drain_s)
         journal.close()
         pools.close()
@@ -111,6 +120,26 @@ def _listen(server: grpc.aio.Server, address: str, gateway: Gateway) -> None:
         log.info("listening", address=f"{address.rpartition(':')[0]}:{port}")
 
 
+def _nbd_socket(gateway: Gateway) -> Path | None:
+    return socket_beside(gateway.unix_socket) if gateway.unix_socket else None
+
+
+def _bound(path: Path) -> socket.socket:
+    """Return a socket bound to a path, as gRPC binds its own: whatever socket was there is replaced."""
+    bound = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o177)  # see _listen()
+    try:
+        if path.is_socket():
+            path.unlink()
+        bound.bind(str(path))
+    except OSError as error:
+        bound.close()
+        raise ListenError(f"{path}: cannot listen: {error}") from error
+    finally:
+        os.umask(umask)
+    return bound
+
+
 def _credentials(gateway: Gateway) -> grpc.ServerCredentials:
     tls = gateway.tls
     if tls is None:
@@ -124,16 +153,17 @@ def _credentials(gateway: Gateway) -> grpc.ServerCredentials:
 
 
 def _open_sockets(gateway: Gateway) -> None:
-    for address in gateway.listen:
-        if address.startswith("unix:"):
-            path = address.removeprefix("unix:")
-            if gateway.socket_group:
-                try:
-                    group_id = grp.getgrnam(gateway.socket_group).gr_gid
-                except KeyError:
-                    raise ListenError(f"gateway.socket_group: there is no group {gateway.socket_group!r}") from None
-                os.chown(path, -1, group_id)
-            Path(path).chmod(int(gateway.socket_mode, 8))
+    paths = [Path(address.removeprefix("unix:")) for address in gateway.listen if address.startswith("unix:")]
+    if beside := _nbd_socket(gateway):
+        paths.append(beside)
+    for path in paths:
+        if gateway.socket_group:
+            try:
+                group_id = grp.getgrnam(gateway.socket_group).gr_gid
+            except KeyError:
+                raise ListenError(f"gateway.socket_group: there is no group {gateway.socket_group!r}") from None
+            os.chown(path, -1, group_id)
+        path.chmod(int(gateway.socket_mode, 8))
 
 
 async def _stopped() -> None:

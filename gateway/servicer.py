@@ -17,6 +17,7 @@ from gateway.calls import identity
 from gateway.errors import Refused
 from gateway.groups import Core
 from gateway.journal import Filter, Group
+from gateway.nbd import server as nbd
 from gateway.pools import Pool
 from gateway.validation import decoded_token, page_token, seconds
 from providers.base import DiskSource, ProviderError, Volume
@@ -234,12 +235,15 @@ class SnapshotProvider(snapshot_provider_pb2_grpc.SnapshotProviderServicer):
         return group
 
     def _shown(self, snapshot: pb.GroupSnapshot) -> pb.GroupSnapshot:
-        """Return a group snapshot as clients see it: with the progress, without paths of what is not READY."""
+        """Return a group snapshot as clients see it: with the progress, with paths and addresses of READY ones only."""
         shown = pb.GroupSnapshot()
         shown.CopyFrom(snapshot)
-        if shown.state not in (states.READY, states.REVERTING):
+        if shown.state not in states.READABLE:
             for member in shown.members:
                 member.local_path = ""
+        elif self._core.nbd_socket and identity().local:
+            for member in shown.members:
+                member.nbd_uri = nbd.uri(self._core.nbd_socket, shown.id, member.volume)
         working = shown.state in (states.COPYING, states.REVERTING, states.DELETING)
         if working and (progress := self._core.live(snapshot.id).progress()):
             shown.progress.CopyFrom(progress)

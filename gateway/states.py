@@ -28,6 +28,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 SETTLED = frozenset({READY, FAILED})
 """Where a watch ends."""
 
+READABLE = frozenset({READY, REVERTING})
+"""Where members can be read."""
+
 
 def name(state: State) -> str:
     """Return the state's short name: "READY"."""

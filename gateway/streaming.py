@@ -81,7 +81,7 @@ def readable(core: Core, group: Group, volume: volume_pb2.VolumeRef) -> Pool:
             pool=volume.pool,
             volume=volume.volume,
         )
-    if group.snapshot.state not in (states.READY, states.REVERTING):
+    if group.snapshot.state not in states.READABLE:
         raise Refused(
             "STATE_INVALID",
             f"group snapshot {group.id} is {states.name(group.snapshot.state)}; only a READY one can be read",

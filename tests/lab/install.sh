@@ -18,6 +18,8 @@ packages=(
   fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev libseccomp2
   # what the tests of mounting make images with
   ntfs-3g dosfstools mtools gdisk fdisk lvm2 cryptsetup-bin btrfs-progs exfatprogs
+  # other people's NBD clients, for tests; what bench/ measures with and against
+  libnbd-bin fio rbd-fuse
   # building the guest's kernel and initramfs out of downloaded packages
   cpio kmod xz-utils
 )
