@@ -19,10 +19,11 @@ from typing import Self
 import grpc
 import structlog
 
-from clients import blocks
+from clients.blocks import Blocks, open_blocks
 from clients.files.parser import Parser
 from clients.files.wire import Entry, Tree
 from clients.gateway import Gateway, GatewayError
+from clients.page_cache import PageCache
 from frostgate.v1 import group_snapshot_pb2 as pb
 
 READABLE = (pb.GROUP_SNAPSHOT_STATE_READY, pb.GROUP_SNAPSHOT_STATE_REVERTING)
@@ -52,9 +53,9 @@ class OpenSnapshot:
         """Look the snapshot up. Raises GatewayError, also STATE_INVALID when it is not READY."""
         self.group = gateway.get(snapshot_id)
         check_readable(self.group)
-        cache = blocks.PageCache()
+        cache = PageCache()
         self.names = member_names(self.group)
-        self.disks = [blocks.open_blocks(gateway, self.group, member, cache) for member in self.group.members]
+        self.disks = [open_blocks(gateway, self.group, member, cache) for member in self.group.members]
         self._passphrase = passphrase
         self._parsers: list[Parser] = []
         self._trees: list[list[FileTree]] | None = None
@@ -82,7 +83,7 @@ class OpenSnapshot:
                     mine[:] = [*(other for other in mine if other.tree.kind != "lvm"), one]
         return by_disk
 
-    def _of(self, disks: list[blocks.Blocks]) -> list[FileTree]:
+    def _of(self, disks: list[Blocks]) -> list[FileTree]:
         parser = Parser(disks, self._passphrase)
         self._parsers.append(parser)
         try:

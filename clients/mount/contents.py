@@ -20,6 +20,7 @@ from clients.files.parser import contents
 from clients.files.snapshot import FileTree
 from clients.files.wire import Entry
 from clients.mount.tree import Inode, is_file
+from clients.mount.waiting import waiting
 
 SMALL_BYTES = 128 * 1024
 _TOGETHER_BYTES = 1024 * 1024
@@ -102,7 +103,8 @@ class Contents:
         if len(self._readers) > _READERS:
             self._readers.popitem(last=False)
         # the kernel asks for the next part before it has this one
-        async with reader.lock:
+        await waiting.turn(reader.lock)
+        try:
             end = reader.begin + len(reader.content)
             if not (reader.begin <= offset and (offset + length <= end or offset < end == node.entry.size_bytes)):
                 goes_on = reader.content and reader.begin <= offset <= end
@@ -111,6 +113,8 @@ class Contents:
                 reader.content = await self._ask(node.tree, decode, "read", node.entry.id, offset, wanted)
                 reader.begin = offset
             return reader.content[offset - reader.begin : offset - reader.begin + length]
+        finally:
+            reader.lock.release()
 
     def _next(self, node: Inode) -> list[int]:
         """Return the files to ask for together with one: the more, the more were opened in its directory before."""

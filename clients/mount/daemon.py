@@ -21,6 +21,7 @@ from clients.blocks import FileBlocks
 from clients.files.snapshot import OpenSnapshot
 from clients.mount.filesystem import SnapshotFilesystem
 from clients.mount.tree import Directory
+from clients.mount.waiting import waiting
 
 FILESYSTEM_TYPE = "fuse.frostgate"
 _READ_AHEAD_KIB = 1024
@@ -57,6 +58,7 @@ def serve(
     if allow_other:
         options.add("allow_other")
     filesystem = SnapshotFilesystem(root)
+    waiting.install()
     try:
         pyfuse3.init(filesystem, str(directory), options)
     except RuntimeError as error:

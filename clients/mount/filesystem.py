@@ -18,10 +18,13 @@ import pyfuse3
 import structlog
 import trio
 
+from clients.blocks import Blocks
 from clients.files.parser import ANSWER_TIMEOUT_S, attributes, decoded, found_entry, listed, target
 from clients.files.snapshot import FileTree
 from clients.mount.contents import Contents, is_small
 from clients.mount.tree import FOREVER_S, Directory, Disk, Inode, Node, Text, child, confined, is_directory
+from clients.mount.waiting import waiting
+from clients.patience import Away
 
 T = TypeVar("T")
 _BLOCK_BYTES = 512
@@ -181,13 +184,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         if isinstance(node, Text):
             return node.content[off : off + size]
         if isinstance(node, Disk):
-            disk = node.blocks
-            descriptor = disk.descriptor()
-            if descriptor is not None:
-                content = _at_once(descriptor, off, min(size, disk.size_bytes - off))
-                if content is not None:
-                    return content
-            return await _wait(lambda: disk.read(off, size))
+            return await _read_disk(node.blocks, off, size)
         if isinstance(node, Inode):
             return await self._contents.part(node, off, size)
         raise pyfuse3.FUSEError(errno.EISDIR)
@@ -262,28 +259,39 @@ class SnapshotFilesystem(pyfuse3.Operations):
         return number
 
 
-def _at_once(descriptor: int, offset: int, length: int) -> bytes | None:
-    """Return bytes that the page cache has, or None when they must be waited for. Source: preadv2(2), RWF_NOWAIT."""
-    content = bytearray(max(0, length))
-    try:
-        if os.preadv(descriptor, [content], offset, os.RWF_NOWAIT) == len(content):
-            return bytes(content)
-    except OSError:
-        pass  # not in the cache, or a file system that cannot tell
-    return None
+async def _read_disk(disk: Blocks, offset: int, length: int) -> bytes:
+    """Read a disk, without a thread where that can be. Raises FUSEError."""
+    content = disk.at_once(offset, length)
+    if content is None and disk.fetches:
+        # in the event loop, on purpose: a local disk has it before a thread would
+        await waiting.let_others()
+        content = _told(lambda: disk.read(offset, length))
+    if content is not None:
+        return content
+    asked = disk.begin(offset, length)
+    if asked:
+        try:
+            await waiting.for_answer(asked)
+            return asked.finish()
+        except Away:
+            pass  # read() is patient
+        finally:
+            asked.abandon()
+    return await _wait(lambda: disk.read(offset, length))
 
 
 async def _ask(tree: FileTree, decode: Callable[[Any], T], call: str, *arguments: Any) -> T:
     """Ask a parser without a thread in between: what `find` and `tar` do thousands of times. Raises FUSEError."""
     parser = tree.parser
     if not parser.lock.acquire(blocking=False):
-        await trio.to_thread.run_sync(parser.lock.acquire)
+        with waiting.elsewhere():
+            await trio.to_thread.run_sync(parser.lock.acquire)
     try:
         control = parser.begin(call, tree.number, *arguments)
         answered = False
         try:
             with trio.move_on_after(ANSWER_TIMEOUT_S):
-                await trio.lowlevel.wait_readable(control)
+                await waiting.for_answer(control)
                 answered = True
         finally:
             if not answered:
@@ -298,8 +306,14 @@ async def _ask(tree: FileTree, decode: Callable[[Any], T], call: str, *arguments
 
 async def _wait(work: Callable[[], T]) -> T:
     """Do what may block in a thread; its errors become FUSE's. Raises FUSEError."""
+    with waiting.elsewhere():
+        return await trio.to_thread.run_sync(lambda: _told(work))
+
+
+def _told(work: Callable[[], T]) -> T:
+    """Do something; its errors become FUSE's. Raises FUSEError."""
     try:
-        return await trio.to_thread.run_sync(work)
+        return work()
     except OSError as error:
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 

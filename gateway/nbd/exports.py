@@ -11,6 +11,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ class Exports:
         self.core = core
         self._loop = asyncio.get_running_loop()
         self._attached: Counter[str] = Counter()
+        self._open: set[Export] = set()
 
     def names(self) -> Iterator[str]:
         """Yield the name of every member that can be read. Blocks."""
@@ -65,14 +67,17 @@ class Exports:
         except BaseException:
             export.close()
             raise
+        self._open.add(export)
+        BUSY_THREADS.labels(pool=pool, lane="nbd").set_function(partial(self._busy, pool))
         return export
 
     def open(self, group_id: str, volume: volume_pb2.VolumeRef) -> tuple[Pool, BlockReader]:
         """Return a new reader. Blocks. Raises Refused, ProviderError."""
         return self._ask(self._open(group_id, volume))
 
-    def detach(self, group_id: str, pool: str, hold: Hold) -> None:
+    def detach(self, export: Export, group_id: str, pool: str, hold: Hold) -> None:
         """Say that an export is closed."""
+        self._open.discard(export)
 
         def detached() -> None:
             self._attached[pool] -= 1
@@ -96,6 +101,10 @@ class Exports:
         pool = streaming.readable(self.core, group, volume)
         return pool, await pool.ask(lambda: pool.provider.open(group_id, volume.volume))
 
+    def _busy(self, pool: str) -> int:
+        """Return how many connections of a pool are in the storage now. Costs the reads nothing."""
+        return sum(export.busy and export.pool == pool for export in list(self._open))
+
     def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         try:
             return asyncio.run_coroutine_threadsafe(question, self._loop).result()
@@ -110,6 +119,7 @@ class Export:
     def __init__(self, exports: Exports, name: str, group_id: str, volume: volume_pb2.VolumeRef, hold: Hold) -> None:
         """Take what attach() has found; nothing is open yet."""
         self.name = name
+        self.pool = volume.pool
         self.size_bytes = 0
         self._exports = exports
         self._group_id = group_id
@@ -117,7 +127,7 @@ class Export:
         self._hold = hold
         self._reader: BlockReader | None = None
         self._scanned: tuple[int, list[tuple[int, int]]] = (0, [])
-        self._busy = BUSY_THREADS.labels(pool=volume.pool, lane="nbd")
+        self.busy = False
 
     def open(self) -> BlockReader:
         """Return the reader, opened when there is none. Raises Refused, ProviderError."""
@@ -154,18 +164,18 @@ class Export:
         try:
             self.release()
         finally:
-            self._exports.detach(self._group_id, self._volume.pool, self._hold)
+            self._exports.detach(self, self._group_id, self._volume.pool, self._hold)
 
     def _call(self, verb: Callable[[BlockReader], T]) -> T:
         reader = self.open()
-        self._busy.inc()
+        self.busy = True
         try:
             return verb(reader)
         except BaseException:
             self.release()  # the storage may have been away: the next one opens anew
             raise
         finally:
-            self._busy.dec()
+            self.busy = False
 
 
 def name_of(group_id: str, volume: volume_pb2.VolumeRef) -> str:

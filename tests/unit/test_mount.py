@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.blocks import PAGE_BYTES, _whole_pages
 from clients.files import lvm, wire
 from clients.mount.tree import confined
+from clients.remote_blocks import PAGE_BYTES, _whole_pages
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 
 PARTS = st.lists(st.sampled_from([b"..", b".", b"a", b"b", b""]), max_size=8)
