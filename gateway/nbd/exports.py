@@ -42,7 +42,7 @@ class Exports:
         self.core = core
         self._loop = asyncio.get_running_loop()
         self._attached: Counter[str] = Counter()
-        self._open: set[Export] = set()
+        self._given: set[Export] = set()
 
     def names(self) -> Iterator[str]:
         """Yield the name of every member that can be read. Blocks."""
@@ -67,7 +67,7 @@ class Exports:
         except BaseException:
             export.close()
             raise
-        self._open.add(export)
+        self._given.add(export)
         BUSY_THREADS.labels(pool=pool, lane="nbd").set_function(partial(self._busy, pool))
         return export
 
@@ -77,7 +77,7 @@ class Exports:
 
     def detach(self, export: Export, group_id: str, pool: str, hold: Hold) -> None:
         """Say that an export is closed."""
-        self._open.discard(export)
+        self._given.discard(export)
 
         def detached() -> None:
             self._attached[pool] -= 1
@@ -103,7 +103,7 @@ class Exports:
 
     def _busy(self, pool: str) -> int:
         """Return how many connections of a pool are in the storage now. Costs the reads nothing."""
-        return sum(export.busy and export.pool == pool for export in list(self._open))
+        return sum(export.busy and export.pool == pool for export in list(self._given))
 
     def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         try:
