@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # Each of pytest's workers has a lab of its own. More of them than cores makes tests that wait for guests time out.
 WORKERS ?= 2
 
-.PHONY: help setup demo test bench lint proto image clean lab-down
+.PHONY: help setup demo test test-nfs bench lint proto image clean lab-down
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,6 +32,10 @@ demo: setup ## Snapshot a real running VM, let it damage a file, revert, and see
 
 test: setup ## Run every test, with real libvirt, real guests, real file systems and a real one-node Ceph.
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
+
+test-nfs: setup ## Run the tests of the nfs provider on real NFS 4.2, in a guest whose kernel serves and mounts it.
+	@tests/lab/mirror/build.sh
+	@$(BIN)/python -m pytest tests/nfs $(PYTEST_ARGS)
 
 bench: setup ## Measure: freeze windows (files, Ceph, StorPool), reverts, size independence, the gateway's own cost; each beside its peer.
 	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done

@@ -56,9 +56,13 @@ class GatewayProcess:
                 stderr=log,
                 env=self.environment,
             )
+        deadline = time.monotonic() + timeout_s
+        while not (self.directory / "frostgate.sock").exists():  # cheaper than to ask a gateway that is not there yet
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the gateway does not start: {self._log.read_text()}")
+            time.sleep(0.02)
         self.channel = grpc.insecure_channel(self.address)
         self.stub = SnapshotProviderStub(self.channel)
-        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 answer = health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)

@@ -134,6 +134,13 @@ def storage_errors(root: Path) -> Iterator[None]:
             raise PoolFull(f"{root}: {error.strerror}; make room") from error
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR):
             raise PoolUnavailable(f"{root}: {error.filename} is not what Frostgate left there; remove it") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise PoolUnavailable(f"{root}: {error.strerror} ({error.filename}); mount it writable") from error
+        if error.errno == errno.EROFS:
+            raise PoolUnavailable(f"{root}: {error.strerror}; export and mount it writable") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise PoolUnavailable(
+                f"{root}: {error.strerror} ({error.filename or 'its owner or mode'}); the gateway's user has to own "
+                "the directory and its volumes, or be root; on NFS root is nobody unless the export says no_root_squash"
+            ) from error
+        if error.errno == errno.ESTALE:
+            raise PoolUnavailable(f"{root}: it is another directory on the server now; mount it again") from error
         raise PoolUnavailable(f"{root}: {error.strerror or error}; is it mounted?") from error

@@ -199,29 +199,8 @@ class Directory(Storage):
 
     @contextmanager
     def in_use(self, volume: str, pool: str = "main") -> Iterator[str]:
-        """qemu-storage-daemon, which locks images as a VM does."""
-        blockdev = f"driver=file,node-name=disk,filename={self.root(pool) / volume}"
-        socket = self._directory / "qsd.sock"
-        process = subprocess.Popen(
-            [
-                "qemu-storage-daemon",
-                *("--blockdev", blockdev),
-                *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
-                *("--export", "type=nbd,id=e,node-name=disk,writable=on"),
-            ]
-        )
-        try:
-            deadline = time.monotonic() + 20
-            while not socket.exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(0.2)  # the export, and its locks, come after the socket
-            yield str(process.pid)
-        finally:
-            process.terminate()
-            process.wait()
-            socket.unlink(missing_ok=True)
+        with open_in_qemu(self.root(pool) / volume, self._directory / "qsd.sock") as pid:
+            yield str(pid)
 
     @contextmanager
     def full(self, pool: str = "small") -> Iterator[None]:
@@ -252,6 +231,33 @@ class Directory(Storage):
             with suppress(FileNotFoundError):
                 root.rmdir()
             hidden.rename(root)
+
+
+@contextmanager
+def open_in_qemu(image: Path, socket: Path) -> Iterator[int]:
+    """Have qemu-storage-daemon open an image for writing, which locks it as a VM does; yields its process id."""
+    pid_file = socket.with_name(socket.name + ".pid")  # written once everything is open
+    process = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=disk,filename={image}"),
+            *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
+            *("--export", "type=nbd,id=e,node-name=disk,writable=on"),
+            *("--pidfile", pid_file),
+        ]
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not pid_file.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+        for file in (socket, pid_file):
+            file.unlink(missing_ok=True)
 
 
 def guest_view(image: Path, image_format: str, scratch: Path) -> str:

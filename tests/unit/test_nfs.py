@@ -1,5 +1,6 @@
 """The nfs provider's parts: no way out of the root, no half manifest, formats as configured."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from providers.base import InvalidName, VolumeNotFound
+from providers.base import InvalidName, PoolUnavailable, VolumeNotFound
 from providers.nfs import beneath, copying, images, layout
 from tests.lab.disk import allocated_ranges, sha256
 
@@ -79,3 +80,17 @@ def test_formats_come_from_caller_suffix_and_pool_in_this_order() -> None:
     assert images.format_of("0b1e", "", "raw") == "raw"
     with pytest.raises(InvalidName):
         images.format_of("a", "vmdk", "raw")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "writable"),
+        (errno.EACCES, "no_root_squash"),
+        (errno.EPERM, "no_root_squash"),
+        (errno.ESTALE, "again"),
+    ],
+)
+def test_what_a_server_refuses_is_said_with_what_to_do(number: int, advice: str) -> None:
+    with pytest.raises(PoolUnavailable, match=advice), beneath.storage_errors(Path("/pool")):
+        raise OSError(number, os.strerror(number), "a.raw")

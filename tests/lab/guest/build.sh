@@ -6,8 +6,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-lab=${FROSTGATE_LAB_BUILD:-$(cd "$here/../../.." && pwd)/.lab}
-cache=$lab/cache guest=$lab/guest
+. "$here/packages.sh"
+guest=$lab/guest
 
 # qemu-guest-agent's libraries, by the packages that hold them; e2fsprogs is for chattr
 userland=(busybox-static qemu-guest-agent libc6 libglib2.0-0 libpcre2-8-0 libnuma1 libudev1
@@ -17,63 +17,12 @@ binaries=(usr/sbin/qemu-ga usr/bin/chattr)
 boot_modules=(virtio_pci virtio_blk virtio_console ext4 evdev button)
 xfs_modules=(xfs)
 
-candidates() {  # package names -> name=version, as apt would fetch them now
-  LC_ALL=C apt-cache policy "$@" 2>/dev/null |
-    awk '/^[^ ]/ {sub(/:$/, ""); name=$0} /^  Candidate:/ && $2 != "(none)" {print name "=" $2}'
-}
-
-inputs=$(cd "$here" && sha256sum build.sh init fsfreeze-hook shutdown)
-recorded=$(cat "$guest/built-from" 2>/dev/null || true)
-complete() { [[ -s $guest/vmlinuz && -s $guest/initrd ]]; }
-
-kernel_of() {  # the metapackage's one dependency is the real image
-  LC_ALL=C apt-cache depends --no-recommends --no-suggests --important linux-image-cloud-amd64 2>/dev/null |
-    awk '$1 == "Depends:" && /linux-image-/ {print $2; exit}'
-}
-
-kernel=$(kernel_of)
-versions=$(candidates ${kernel:+"$kernel"} "${userland[@]}")
-wanted="$inputs
-$versions"
-if complete && [[ $wanted == "$recorded" ]]; then exit 0; fi
-
-fetch() {
-  mkdir -p "$cache/packages"
-  (cd "$cache/packages" && apt-get -q -o APT::Sandbox::User=root download "$@")
-}
-find_package() {  # newest downloaded file of a package
-  ls -t "$cache/packages/$1"_*.deb 2>/dev/null | head -n 1
-}
-
-echo "lab: building the guest image in $guest"
-known=$(wc -l <<<"$versions")
-if [[ -z $kernel || $known -ne $((${#userland[@]} + 1)) ]]; then
-  apt-get update -q || echo "lab: apt-get update failed in part; going on with what is known" >&2
-  kernel=$(kernel_of)
-  versions=$(candidates ${kernel:+"$kernel"} "${userland[@]}")
-  wanted="$inputs
-$versions"
-fi
-if ! fetch "$kernel" "${userland[@]}"; then
-  # stale package lists are the usual reason
-  apt-get update -q || true
-  kernel=$(kernel_of)
-  versions=$(candidates "$kernel" "${userland[@]}")
-  wanted="$inputs
-$versions"
-  if ! fetch "$kernel" "${userland[@]}"; then
-    if complete && [[ $(head -n "$(wc -l <<<"$inputs")" <<<"$recorded") == "$inputs" ]]; then
-      echo "lab: newer packages cannot be fetched; keeping the image that is there" >&2
-      exit 0
-    fi
-    echo "lab: cannot download the guest's packages" >&2
-    exit 1
-  fi
-fi
+inputs=$(cd "$here" && sha256sum build.sh packages.sh init fsfreeze-hook shutdown)
+fetch_image "$guest" "$inputs" linux-image-cloud-amd64 "${userland[@]}"
 
 work=$(mktemp -d "$cache/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/packages" "$work/root"
+mkdir -p "$work/packages" "$work/root" "$work/image"
 for package in "$kernel" "${userland[@]}"; do
   dpkg-deb -x "$(find_package "$package")" "$work/packages"
 done
@@ -109,37 +58,11 @@ chmod 755 "$root/etc/acpi/PWRF/00000080"
 release=${kernel#linux-image-}
 module_tree=$unpacked/lib/modules/$release
 depmod -b "$unpacked" "$release"
-in_insmod_order() {
-  modprobe --dirname "$unpacked" --set-version "$release" --ignore-install --show-depends --all "$@" |
-    awk '$1 == "insmod" && !seen[$2]++ {print $2}'
-}
-pack_modules() {  # list-file modules...: copies them and lists their names in insmod order
-  local list=$1 module name
-  shift
-  in_insmod_order "$@" | while read -r module; do
-    name=$(basename "$module")
-    case $name in
-      *.ko) cp "$module" "$root/lib/modules/$name" ;;
-      *.ko.xz) xz -dc "$module" > "$root/lib/modules/${name%.xz}" ;;
-      *) echo "lab: do not know how to unpack $name" >&2; exit 1 ;;
-    esac
-    echo "/lib/modules/${name%.xz}"
-  done > "$root/etc/$list"
-}
 [[ -d $module_tree ]]
-pack_modules modules "${boot_modules[@]}"
-pack_modules modules.xfs "${xfs_modules[@]}"
+pack_modules "$unpacked" "$release" "$root" modules "${boot_modules[@]}"
+pack_modules "$unpacked" "$release" "$root" modules.xfs "${xfs_modules[@]}"
 
-(cd "$root" && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0) > "$work/initrd"
-install -m 644 "$unpacked/boot/vmlinuz-$release" "$work/vmlinuz"
-
-mkdir -p "$guest"
-rm -f "$guest/built-from"
-mv "$work/vmlinuz" "$work/initrd" "$guest/"
-printf '%s\n' "$wanted" > "$guest/built-from"
-# only what the image was built from stays in the cache
-for file in "$cache"/packages/*.deb; do
-  package=$(basename "${file%%_*}")
-  [[ $file == "$(find_package "$package")" ]] || rm -f "$file"
-done
+pack_initrd "$root" "$work/image/initrd"
+install -m 644 "$unpacked/boot/vmlinuz-$release" "$work/image/vmlinuz"
+finish_image "$guest" "$work" "$wanted"
 echo "lab: guest image ready ($(du -h "$guest/vmlinuz" | cut -f1) kernel $release, $(du -h "$guest/initrd" | cut -f1) initrd)"
