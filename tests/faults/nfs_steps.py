@@ -6,6 +6,7 @@ there, and what an operator may expect.
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -247,3 +248,10 @@ def nothing_is_left(root: Path) -> None:
     """In the pool are the volumes and the lock file."""
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
     assert [name for name in left if name not in (".frostgate", ".frostgate/.lock")] == list(VOLUMES)
+
+
+if __name__ == "__main__":  # a gateway's life, to be killed in: says each verb before it begins
+    living = opened(Path(sys.argv[1]))
+    for step in (PREPARE, CUT, SETTLE, DESCRIBE, CLONE, STAGE, REVERT, DELETE):
+        print(step.name, flush=True)
+        step.run(living)

@@ -1,6 +1,7 @@
 """The FUSE side: answers requests from a Disk, records what changes it, fails or hangs where it is told to.
 
-It is told, and asked, through the extended attribute "user.powercut" of the mounted directory (mount.py).
+It is told, and asked, by reading extended attributes "user.powercut:ORDER" of the mounted directory (mount.py): reading
+one needs no lock of the directory, which a call that hangs may have.
 Nothing is cached by the kernel, so every system call comes here.
 """
 
@@ -31,7 +32,7 @@ from tests.lab.powercut.disk import (
     Xattr,
 )
 
-CONTROL = "user.powercut"
+CONTROL = "user.powercut:"
 _NAMES = ("create", "mkdir", "rename", "link", "unlink", "rmdir", "fsyncdir")
 CHANGING = frozenset((*_NAMES, "write", "truncate", "setattr", "setxattr", "removexattr", "fsync"))
 
@@ -142,9 +143,6 @@ class Recorded(pyfuse3.Operations):
         return self._attributes(inode)
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if inode == ROOT and os.fsdecode(name) == CONTROL:
-            self._told(json.loads(value))
-            return
         await self._called("setxattr")
         self._do(Xattr(inode, os.fsdecode(name), value))
 
@@ -156,7 +154,9 @@ class Recorded(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         wanted = os.fsdecode(name)
-        if inode == ROOT and wanted == CONTROL:
+        if inode == ROOT and wanted.startswith(CONTROL):
+            if order := wanted.removeprefix(CONTROL):
+                self._told(json.loads(order))
             return json.dumps({"calls": self._calls, "hanging": self._is_hanging}).encode()
         if not wanted.startswith("user."):
             raise pyfuse3.FUSEError(errno.ENODATA)  # the kernel asks for capabilities and ACLs by itself

@@ -14,7 +14,7 @@ from tests.lab import state
 from tests.lab.filesystems import unmount
 from tests.lab.powercut.disk import Disk, Operation
 
-_CONTROL = "user.powercut"
+_CONTROL = "user.powercut:"
 
 
 class PowercutMount:
@@ -97,7 +97,7 @@ class PowercutMount:
         return hanging
 
     def _tell(self, **order: Any) -> None:
-        os.setxattr(self.directory, _CONTROL, json.dumps(order).encode())
+        os.getxattr(self.directory, _CONTROL + json.dumps(order))
 
     def _asked(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(os.getxattr(self.directory, _CONTROL))
