@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
 import structlog
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel
 
 from providers.base import (
     BlockReader,
@@ -52,38 +51,13 @@ from providers.nfs import (
 )
 from providers.nfs.backup import Backups
 from providers.nfs.beneath import check_name, directory, is_volume_name, open_volume, storage_errors
-from providers.nfs.images import Format, format_of, virtual_size
+from providers.nfs.images import format_of, virtual_size
 from providers.nfs.ongoing import Ongoing
+from providers.nfs.options import NfsOptions
 
 log = structlog.get_logger()
 
 _MAX_MEMBERS = 128
-
-
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute() or ".." in path.parts:
-        raise ValueError("has to be an absolute path without '..'")
-    return path
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
-
-
-class NfsOptions(BaseModel):
-    """`root`: where this host sees the directory. `hypervisor_paths`: other paths under which hypervisors do.
-
-    `hypervisors`: libvirt's URI of each host, by its name, that may be asked to cut the volumes of its running VMs.
-    `max_incrementals`: how many snapshots may lie on one another before everything is copied again.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    root: AbsolutePath
-    hypervisor_paths: tuple[AbsolutePath, ...] = ()
-    default_format: Format = "raw"
-    hypervisors: dict[HostName, str] = {}
-    max_incrementals: Annotated[int, Field(ge=0, le=30)] = 16
 
 
 class NfsProvider(Provider):

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from providers.base import GroupSpec, SnapshotNotFound, VolumeChanged, VolumeExists, VolumeSpec
-from providers.nfs.provider import NfsOptions, NfsProvider
+from providers.nfs.options import NfsOptions
+from providers.nfs.provider import NfsProvider
 
 GROUP = "g"
 VOLUMES = ("a.raw", "b.raw")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from providers.base import GroupSpec, ProviderError, SnapshotExists, VolumeSpec
-from providers.nfs.provider import NfsOptions, NfsProvider
+from providers.nfs.options import NfsOptions
+from providers.nfs.provider import NfsProvider
 from tests.lab.disk import sha256
 
 MIB = 1 << 20

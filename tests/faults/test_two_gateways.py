@@ -15,7 +15,8 @@ from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
 from providers.base import GroupBusy, GroupSpec, ProviderError, SnapshotExists, VolumeInUse, VolumeSpec
 from providers.nfs import locks
-from providers.nfs.provider import NfsOptions, NfsProvider
+from providers.nfs.options import NfsOptions
+from providers.nfs.provider import NfsProvider
 from tests.conformance.conftest import refused
 from tests.gateway_process import GatewayProcess
 from tests.lab import state

@@ -10,7 +10,8 @@ import pytest
 
 from providers.base import CapabilityMissing, Extent, SnapshotDamaged, SnapshotNotFound
 from providers.nfs import chains, layout, qemu
-from providers.nfs.provider import NfsOptions, NfsProvider
+from providers.nfs.options import NfsOptions
+from providers.nfs.provider import NfsProvider
 from tests.lab.disk import allocated_ranges
 
 MIB = 1 << 20
