@@ -29,6 +29,7 @@ def test_a_snapshot_is_byte_equal_to_the_volume_at_the_cut(bench: Bench) -> None
 def test_members_share_one_instant_under_writers_that_are_quiesced(bench: Bench) -> None:
     volumes = [bench.volume() for _ in range(4)]
     group, stop, hold, held = bench.id(), threading.Event(), threading.Event(), threading.Event()
+    under_way = threading.Event()
 
     def write() -> None:
         number = 0
@@ -40,14 +41,16 @@ def test_members_share_one_instant_under_writers_that_are_quiesced(bench: Bench)
             number += 1
             for volume in volumes:
                 bench.storage.write(volume, 0, b"%020d" % number)
+            if number > 1:
+                under_way.set()
 
     with ThreadPoolExecutor(1) as writer:
         writing = writer.submit(write)
         try:
             bench.prepare(group, *volumes)
-            time.sleep(0.2)
+            assert under_way.wait(60)
             hold.set()
-            assert held.wait(10)
+            assert held.wait(60)
             bench.cut(group)
             if bench.storage.clones:
                 hold.clear()  # the copies of other storages would see the writes and fail, as they should
