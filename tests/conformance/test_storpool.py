@@ -456,6 +456,40 @@ def test_readers_share_an_attachment_that_ends_with_the_last(bench: Bench) -> No
     wait(lambda: attachments(bench, name) == [])
 
 
+def test_devices_are_block_devices_as_those_of_storpool_are(bench: Bench, tmp_path: Path) -> None:
+    with StorpoolSim("storpool-loop", loop=True) as blocks:
+        device = blocks.create("disk", 16 * MIB)
+        assert device.is_block_device()
+        with device.open("r+b", buffering=0) as file:
+            for offset in (0, 5 * MIB, 16 * MIB - 4096):
+                os.pwrite(file.fileno(), b"x" * 4096, offset)
+            os.fsync(file.fileno())
+        with GatewayProcess(tmp_path / "gateway", {"main": blocks.pool()}) as gateway:
+            own = Bench(bench.storage, gateway)
+            old, new = own.id(), own.id()
+            own.take(old, "disk")
+            with device.open("r+b", buffering=0) as file:
+                os.pwrite(file.fileno(), b"y" * 4096, 9 * MIB)
+                os.fsync(file.fileno())
+            own.take(new, "disk")
+            request = rpc.ListAllocatedExtentsRequest(id=old, volume=own.ref("disk"))
+            allocated = [one for part in gateway.stub.ListAllocatedExtents(request) for one in part.extents]
+            assert [(one.offset, one.length) for one in allocated] == [
+                (0, 4096),
+                (5 * MIB, 4096),
+                (16 * MIB - 4096, 4096),
+            ]
+            request = rpc.ListChangedExtentsRequest(id=new, volume=own.ref("disk"), base_id=old)
+            changed = [one for part in gateway.stub.ListChangedExtents(request) for one in part.extents]
+            assert [(one.offset, one.length) for one in changed] == [(9 * MIB, 4096)]
+            assert own.read(old, "disk", 9 * MIB, 4096) == bytes(4096)
+            blocks.detach("disk")
+            assert own.revert(old).revert.state == DONE
+            for group in reversed(own.groups):
+                own.delete(group)
+            assert not blocks.api().attachmentsList()
+
+
 @pytest.mark.parametrize("lost", ["SP_OURID", "SP_AUTH_TOKEN"])
 def test_what_the_configuration_lacks_is_said_before_anything_is_done(bench: Bench, tmp_path: Path, lost: str) -> None:
     conf = tmp_path / "storpool.conf"
