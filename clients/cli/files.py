@@ -107,7 +107,7 @@ def find(
     with session.gateway() as gateway, OpenSnapshot(gateway, snapshot_id, passphrase(key_file)) as opened:
         try:
             for tree, start, entry, prefix in _places(opened, path):
-                for where, found in walk(tree, entry, start):
+                for where, found in _at_or_below(tree, entry, start):
                     if found is None:
                         damaged += 1
                         print(f"damaged: {printable(os.fsdecode(prefix + where))}", file=sys.stderr)
@@ -201,11 +201,16 @@ def _places(opened: OpenSnapshot, path: str) -> Iterator[tuple[FileTree, bytes, 
                 yield tree, b"", tree.parser.root(tree.number), prefix
 
 
+def _at_or_below(tree: FileTree, entry: Entry, start: bytes) -> Iterator[tuple[bytes, Entry | None]]:
+    """Yield a file itself, or everything below a directory. Raises OSError."""
+    return walk(tree, entry, start) if stat.S_ISDIR(entry.mode) else iter([(start, entry)])
+
+
 def _everything(opened: OpenSnapshot, path: str) -> dict[bytes, tuple[FileTree, Entry | None]]:
     return {
         prefix + where: (tree, found)
         for tree, start, entry, prefix in _places(opened, path)
-        for where, found in walk(tree, entry, start)
+        for where, found in _at_or_below(tree, entry, start)
     }
 
 

@@ -39,6 +39,9 @@ _UNREADABLE: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xfc\x4e\x2b\xa9", "md-raid", "software RAID is not assembled here; see mdadm --assemble --readonly"),
     (4086, b"SWAPSPACE2", "swap", "swap space has no files"),
     (4086, b"SWAP-SPACE", "swap", "swap space has no files"),
+)
+# looked for first: libfsfat takes exFAT for FAT
+_UNREADABLE_BOOT_SECTORS: tuple[tuple[int, bytes, str, str], ...] = (
     (3, b"EXFAT   ", "exfat", "exFAT is not read here"),
     (3, b"-FVE-FS-", "bitlocker", "BitLocker volumes are not unlocked here; see dislocker"),
 )
@@ -168,6 +171,9 @@ def _file_system(space: _Space) -> Found:
     if space.name.startswith("damaged"):
         name, _, why = space.name.partition(": ")
         return _refused(_Space(space.disks, name, space.source), "unknown", f"it cannot be read ({why})")
+    for offset, magic, kind, why in _UNREADABLE_BOOT_SECTORS:
+        if space.source.pread(offset, len(magic)) == magic:
+            return _refused(space, kind, why)
     for kind, library, make in _KINDS:
         if not _signed(library, space.source):
             continue

@@ -168,8 +168,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
                 raise
             # only for the one who opens it: storing waits for reads under way, which wait for us
             if known.opens == 1 and len(content) == node.entry.size_bytes:
-                pyfuse3.notify_store(inode, 0, content)
-                known.stored = True
+                known.stored = _store(inode, content)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def release(self, fh: int) -> None:
@@ -257,6 +256,16 @@ class SnapshotFilesystem(pyfuse3.Operations):
             self._numbers[key] = number
             self._known[number] = _Known(node, key)
         return number
+
+
+def _store(inode: int, content: bytes) -> bool:
+    """Put a file's content into the kernel's page cache; tell whether it took it."""
+    try:
+        pyfuse3.notify_store(inode, 0, content)
+    except OSError as error:
+        _log.info("not_stored", error=str(error))  # it is read in the usual way then
+        return False
+    return True
 
 
 async def _read_disk(disk: Blocks, offset: int, length: int) -> bytes:
