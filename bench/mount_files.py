@@ -6,10 +6,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.guestmount import environment, guestmounted
 from tests.gateway_process import GatewayProcess
 from tests.lab import state
 from tests.lab.filesystems import mount_filesystem, unmount
+from tests.lab.guestmount import environment, guestmounted
 from tests.lab.images import make_image, mount_image
 
 MIB = 1 << 20

@@ -6,10 +6,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.guestmount import environment, guestmounted
 from tests.gateway_process import GatewayProcess
 from tests.lab import state
 from tests.lab.filesystems import mount_filesystem, unmount
+from tests.lab.guestmount import environment, guestmounted
 
 GIB = 1 << 30
 ROUNDS = 5
