@@ -1,6 +1,7 @@
 """What the tests of mounting share: a pool with images, snapshots of them, mounts of ours and of the kernel."""
 
 import json
+import os
 import stat
 import time
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ def image_pool(scratch: Path, name: str, size_bytes: int = 8192 * MIB) -> Iterat
     lab = state.prepare()
     with (
         mount_filesystem("xfs", lab / name, size_bytes) as filesystem,
-        GatewayProcess(scratch / "gateway", {"p": {"kind": "nfs", "root": str(filesystem.directory)}}) as gateway,
+        GatewayProcess(
+            scratch / "gateway", {"p": {"kind": "nfs", "root": str(filesystem.directory)}}, cut_timeout_s=120
+        ) as gateway,
     ):
         yield Images(gateway, filesystem.directory, scratch)
     state.release()
@@ -50,6 +53,7 @@ def image_pool(scratch: Path, name: str, size_bytes: int = 8192 * MIB) -> Iterat
 @contextmanager
 def taken(images: Images, snapshot: str, *volumes: str) -> Iterator[str]:
     """Take a snapshot of volumes of the pool; it is deleted at the end."""
+    os.sync()  # a clone waits for what is not on the disk yet, and images were written just now
     images.cli("snapshot", "create", snapshot, *(f"p/{volume}" for volume in volumes), check=True)
     yield snapshot
     images.cli("snapshot", "delete", snapshot, "--yes", check=True)
