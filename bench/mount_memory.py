@@ -5,6 +5,7 @@ is qcow2, whose bytes come through the gateway and the mount. The greatest of wh
 """
 
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def main() -> None:
             image = make_image("ext4", pool / "a.raw", TREE + 1536 * MIB, 1000)
             fill(image, lab / "bench-fill")
             convert(image, "raw", pool / "a.qcow2", "qcow2")
-            with GatewayProcess(lab / "bench-gateway", {"p": {"kind": "nfs", "root": str(pool)}}) as gateway:
+            with GatewayProcess(
+                Path(tempfile.mkdtemp(prefix="bench-gateway-")), {"p": {"kind": "nfs", "root": str(pool)}}
+            ) as gateway:
                 gateway.cli("snapshot", "create", "s", "p/a.raw", "p/a.qcow2", check=True)
                 print(f"{'resident memory, MiB, while 10 GiB are read':46} {'mount':>6} {'parser':>6} {'gateway':>7}")
                 for volume in ("a.raw", "a.qcow2"):

@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,7 +38,9 @@ def main() -> None:
             with image.open("wb") as file:
                 for _ in range(SIZE // MIB):
                     file.write(os.urandom(MIB))
-            with GatewayProcess(lab / "bench-gateway", {"p": {"kind": "nfs", "root": str(pool)}}) as gateway:
+            with GatewayProcess(
+                Path(tempfile.mkdtemp(prefix="bench-gateway-")), {"p": {"kind": "nfs", "root": str(pool)}}
+            ) as gateway:
                 gateway.cli("snapshot", "create", "s", "p/a.raw", check=True)
                 member = pool / ".frostgate" / "s" / "a.raw"
                 with (

@@ -9,6 +9,7 @@ import os
 import random
 import statistics
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def main() -> None:
             cluster.rbd("import", "--no-progress", content, "vms/a")
             content.unlink()
             pools = {"p": {"kind": "ceph", "conf": str(cluster.conf), "rbd_pool": "vms"}}
-            with GatewayProcess(lab / "bench-gateway", pools) as gateway:
+            with GatewayProcess(Path(tempfile.mkdtemp(prefix="bench-gateway-")), pools) as gateway:
                 gateway.cli("snapshot", "create", "s", "p/a", check=True)
                 with mounted(gateway, lab / "bench-m") as (pid, ours), exported(cluster, lab / "bench-q") as peer:
                     report({"rbd-fuse": peer, "ours": (pid, ours)})
