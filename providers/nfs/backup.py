@@ -27,6 +27,7 @@ from providers.base import (
     CapabilityMissing,
     CopyFailed,
     DiskSource,
+    PoolUnavailable,
     ProviderError,
     ReportProgress,
     VolumeInUse,
@@ -36,6 +37,7 @@ from providers.nfs.beneath import directory
 
 log = structlog.get_logger()
 
+_SECTOR = 512
 _CREATE_TIMEOUT_S = 20.0
 _ENCRYPTION_AT, _SNAPSHOTS_AT = 32, 60
 
@@ -83,7 +85,7 @@ class Backups:
             path, opened_as = hypervisors.checked_source(
                 hypervisors.parsed(domain.XMLDesc(0)), attachment, volume, self.resolve
             )
-            jobs.check_idle(domain)
+            jobs.check_idle(domain, attachment.disk)
             if opened_as != image_format:
                 raise CapabilityMissing(
                     f"volume {volume} is {image_format} here and {opened_as} to its VM: say its format", volume=volume
@@ -140,9 +142,12 @@ class Backups:
             job.watch(targets, progress)
 
     def supersede(self, group: str, members: Sequence[layout.StoredMember]) -> None:
-        """Delete the checkpoints that nobody needs now that a group is settled. Raises PoolUnavailable."""
+        """Delete the checkpoints that nobody needs now that a group is settled; what fails the next one does again."""
         for job in self.register(group, members, begun=True):
-            job.supersede()
+            try:
+                job.supersede()
+            except PoolUnavailable as error:
+                log.warning("older checkpoints stay", group=group, error=str(error))
         jobs.forget(self.pool, group)
 
     def cancel(self, root_fd: int, group: str) -> None:
@@ -214,7 +219,7 @@ def finish_target(target: int, member: layout.StoredMember) -> None:
     """Take the filled image back from QEMU's user. Raises CopyFailed, OSError."""
     os.fchown(target, os.geteuid(), os.getegid())
     header = qcow2.header(target, member.volume)
-    if header.size_bytes != member.size_bytes or header.backing:
+    if header.size_bytes != -(-member.size_bytes // _SECTOR) * _SECTOR or header.backing:
         raise CopyFailed(f"the copy of {member.volume} is not the image that was made for it", volume=member.volume)
 
 

@@ -143,7 +143,7 @@ class Job:
         if domain is None:
             raise VolumeChanged(f"the VM {self._uuid} is not on its hypervisor any more", domain=self._uuid)
         with hypervisors.errors(self.uri):
-            check_idle(domain)
+            check_idle(domain, *self._disks)
             self._listen(domain, ours=True)
             try:
                 self._submit(domain)
@@ -250,13 +250,20 @@ class Job:
         progress(sum(part for part, _ in done.values()), sum(total for _, total in done.values()))
 
 
-def check_idle(domain: Any) -> None:
-    """Raise VmBusy when the VM has a job, of whatever kind, beside which no backup can begin."""
+def check_idle(domain: Any, *disks: str) -> None:
+    """Raise VmBusy when the VM, or one of these disks, has a job beside which no backup can begin."""
     libvirt = hypervisors.load()
-    uuid = domain.UUIDString()
+    name, uuid = domain.name(), domain.UUIDString()
     running = domain.jobStats()
     if running.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
-        raise VmBusy(f"the VM {domain.name()} has another job (`virsh domjobinfo`); try again later", domain=uuid)
+        raise VmBusy(f"the VM {name} has another job (`virsh domjobinfo`); try again later", domain=uuid)
+    for disk in disks:
+        if domain.blockJobInfo(disk, 0):
+            raise VmBusy(
+                f"disk {disk} of the VM {name} has another job (`virsh blockjob`); try again later",
+                domain=uuid,
+                disk=disk,
+            )
 
 
 def new_checkpoint(group: str) -> str:

@@ -337,13 +337,14 @@ def settle(
         backups.wait(reservation.spec.group, by_hypervisors, lambda part, whole: progress(done + part, total + whole))
     for part in reservation.parts:
         if part.stored.backup:
-            backup.finish_target(part.target, part.stored)
+            _take_back(reservation, part)
         elif part.stored.format == "qcow2":
             _check_header(part, part.target)
         os.fchmod(part.target, 0o400)
         _sync(reservation, part)
         chains.settle(reservation.directory, part.stored)
-        part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.stored_format)
+        if not part.stored.backup:
+            part.stored.size_bytes = virtual_size(part.target, part.stored.volume, part.stored.format)
     # the names, from the members' up: when the manifest's is there, so are theirs
     os.fsync(reservation.directory)
     layout.sync_snapshots(reservation.root)
@@ -356,6 +357,14 @@ def settle(
         backups.supersede(reservation.spec.group, by_hypervisors)
         layout.remove(reservation.directory, layout.BACKUP)
     return manifest
+
+
+def _take_back(reservation: Reservation, part: Part) -> None:
+    """Open a member anew that a hypervisor, maybe on another host, has filled: over NFS only that shows what it wrote."""
+    os.close(part.target)
+    part.target = -1
+    part.target = open_file(reservation.directory, part.stored.volume, os.O_RDWR)
+    backup.finish_target(part.target, part.stored)
 
 
 def _keep_sources(reservation: Reservation, copied: Sequence[Part]) -> None:

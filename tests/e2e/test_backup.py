@@ -1,7 +1,9 @@
 """Backup mode: a running guest on a file system that cannot clone, cut by its hypervisor; whole, then what changed."""
 
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -148,6 +150,20 @@ def test_a_volume_with_internal_snapshots_is_refused_while_its_vm_runs(backed: B
     assert backed.is_clean()
 
 
+def test_a_checkpoint_lost_since_prepare_makes_the_same_cut_copy_everything(backed: BackupCloud) -> None:
+    backed.ready("before", exclude=("vda", "vdc"))
+    prepare(backed, "lost", backed.spec("vdb"))
+    for name in checkpoints(backed):
+        backed.domain.checkpointLookupByName(name).delete(0)
+    cut = backed.gateway.stub.CreateGroupSnapshot(rpc.CreateGroupSnapshotRequest(id="lost"), timeout=60)
+    assert cut.group_snapshot.HasField("cut_time")
+    assert backed.settled("lost").state == pb.GROUP_SNAPSHOT_STATE_READY
+    assert not backed.below("lost", "vdb")
+    assert allocated(backed.image("lost", "vdb")) >= BALLAST
+    assert backed.file("lost", "vdb", "news") == news("olds")
+    backed.delete("before", "lost")
+
+
 def test_without_a_freeze_the_disks_of_one_pool_still_share_an_instant(backed: BackupCloud) -> None:
     backed.ready("unfrozen", quiesce="none", exclude=("vdc",))
     a, b = (int(backed.file("unfrozen", target, "counter")) for target in ("vda", "vdb"))
@@ -276,6 +292,22 @@ def test_libvirtd_may_be_restarted_in_mid_copy(backed: BackupCloud) -> None:
         assert backed.has_job()
     assert backed.settled("restarted").state == pb.GROUP_SNAPSHOT_STATE_READY
     backed.delete("restarted")
+
+
+def test_a_libvirtd_that_hangs_in_mid_copy_is_waited_for(backed: BackupCloud) -> None:
+    with copying(backed, "hung"):
+        spec, daemon = backed.spec("vdb"), backed.hypervisor.daemon_pid
+        assert daemon
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            assert backed.gateway.cli("pools").returncode == 0
+            with pytest.raises(grpc.RpcError) as refused:
+                prepare(backed, "meanwhile", spec)
+            assert reason_of(refused.value) in ("POOL_UNAVAILABLE", "POOL_TIMEOUT")
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+    assert backed.settled("hung").state == pb.GROUP_SNAPSHOT_STATE_READY
+    backed.delete("hung", "meanwhile")
 
 
 def test_a_vm_that_stops_in_mid_copy_fails_the_snapshot(backed: BackupCloud) -> None:
