@@ -24,6 +24,8 @@ _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 4, 3
 
 _lock = threading.Lock()
 _connections: dict[str, Future[Any]] = {}
+# a broken connection is never freed: libvirt 9.0 may still call back into it from its event loop, and would crash
+_broken: list[Future[Any]] = []
 _events: threading.Thread | None = None
 
 
@@ -57,6 +59,8 @@ def connect(uri: str) -> Any:
     with _lock:
         opening = _connections.get(uri)
         if opening is None or _is_broken(opening):
+            if opening is not None:
+                _broken.append(opening)
             opening = _connections[uri] = Future()
             threading.Thread(target=_open, args=(libvirt, uri, opening), name="libvirt-open", daemon=True).start()
     try:

@@ -360,7 +360,7 @@ def settle(
 
 
 def _take_back(reservation: Reservation, part: Part) -> None:
-    """Open a member anew that a hypervisor, maybe on another host, has filled: over NFS only that shows what it wrote."""
+    """Open a member anew that a hypervisor has filled: over NFS that shows what another host wrote."""
     os.close(part.target)
     part.target = -1
     part.target = open_file(reservation.directory, part.stored.volume, os.O_RDWR)
