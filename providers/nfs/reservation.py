@@ -361,9 +361,8 @@ def settle(
 
 def _take_back(reservation: Reservation, part: Part) -> None:
     """Open a member anew that a hypervisor has filled: over NFS that shows what another host wrote."""
-    os.close(part.target)
-    part.target = -1
-    part.target = open_file(reservation.directory, part.stored.volume, os.O_RDWR)
+    before, part.target = part.target, open_file(reservation.directory, part.stored.volume, os.O_RDWR)
+    os.close(before)
     backup.finish_target(part.target, part.stored)
 
 
