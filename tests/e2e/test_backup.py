@@ -147,7 +147,7 @@ def test_a_volume_with_internal_snapshots_is_refused_while_its_vm_runs(backed: B
         prepare(backed, "inside", backed.spec("vdc"))
     assert reason_of(refused.value) == "CAPABILITY_MISSING"
     assert "1 internal snapshot" in str(refused.value.details())
-    assert backed.is_clean()
+    assert not backed.image("inside", "vdc").parent.exists()
 
 
 def test_a_checkpoint_lost_since_prepare_makes_the_same_cut_copy_everything(backed: BackupCloud) -> None:
@@ -188,7 +188,7 @@ def test_a_vm_with_another_job_is_refused_before_it_is_frozen(backed: BackupClou
         assert backed.has_job()  # theirs goes on
         backed.domain.abortJob()
     assert backed.machine.fsfreeze_status() == "thawed"
-    assert backed.is_clean()
+    assert not backed.image("busy", "vda").parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_an_attachment_that_is_not_true_is_refused(
     assert reason_of(refused.value) == "VOLUME_IN_USE"
     assert word in str(refused.value.details())
     assert error_info(refused.value).metadata["volume"] == "b.qcow2"
-    assert backed.is_clean()
+    assert not backed.image("untrue", target).parent.exists()
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def test_a_deletion_in_mid_copy_ends_the_job(backed: BackupCloud) -> None:
     with copying(backed, "unwanted"):
         backed.delete("unwanted")
         assert not backed.has_job()
-    assert backed.is_clean()
+    assert not backed.image("unwanted", "vdb").parent.exists()
     assert not any(name.startswith("frostgate.unwanted.") for name in checkpoints(backed))
 
 
