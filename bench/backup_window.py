@@ -34,7 +34,7 @@ def main() -> int:
     ours = []
     try:
         for size in SIZES:
-            with mount_filesystem("ext4", lab / "bench-backup", (2 * size + 2) * GIB) as pool:
+            with mount_filesystem("ext4", lab / "bench-backup", (5 * size // 2 + 3) * GIB) as pool:
                 ours.append(measure(pool.directory, lab, size))
     finally:
         leftovers.remove(state.DEFAULT_STATE_DIR)
