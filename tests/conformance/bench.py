@@ -121,9 +121,11 @@ class Bench:
             content += part.data or bytes(part.zero_bytes)
         return content
 
+    def pool(self, name: str = "main") -> pool_pb2.Pool:
+        return next(pool for pool in self.stub.ListPools(rpc.ListPoolsRequest()).pools if pool.name == name)
+
     def capabilities(self, pool: str = "main") -> pool_pb2.PoolCapabilities:
-        pools = self.stub.ListPools(rpc.ListPoolsRequest()).pools
-        return next(found.capabilities for found in pools if found.name == pool)
+        return self.pool(pool).capabilities
 
     def clean(self) -> None:
         """Remove all that the test made, and see that nothing is left."""

@@ -1,7 +1,8 @@
 """On the host: hand the tests to a guest (relay.py). In the guest: one server, its exports as pools, two gateways."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ from tests.gateway_process import GatewayProcess
 from tests.nfs import relay
 from tests.nfs.server import Export, Server
 
+NOBODY = 65534
 EXPORTS = (
     Export("main", "xfs"),
     Export("copy", "ext4"),
+    Export("squashed", "xfs", "rw,root_squash", owner=NOBODY),
+    Export("roots", "xfs", "rw,root_squash"),
+    Export("readonly", "xfs", "ro,no_root_squash"),
+    Export("replaced", "xfs"),
 )
 HASTY_CUT_S = 5
+_WAIT_S = 300
 _START_TIMEOUT_S = 400
 
 
@@ -32,6 +39,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         raise pytest.UsageError(f"tests/nfs runs alone (make test-nfs), not with {strangers[0]}")
     relay.run_in_guest(session)
     return True
+
+
+def wait(until: Callable[[], bool], every_s: float = 0.001) -> None:
+    """Wait for a condition, for as long as a guest on a busy machine may need."""
+    deadline = time.monotonic() + _WAIT_S
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(every_s)
 
 
 class OverNfs(Directory):

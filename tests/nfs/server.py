@@ -4,6 +4,8 @@ The directories below /srv are the outside oracle: what is there is on the serve
 programs that use them are to the client as programs on another host.
 """
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +29,12 @@ _NOT_3 = ["--no-nfs-version", "3"]  # which would need rpcbind
 
 @dataclass(frozen=True)
 class Export:
-    """A directory of one of the two file systems; `options` as in exports(5)."""
+    """A directory of one of the two file systems; `options` as in exports(5), `owner` the user and group number."""
 
     name: str
     filesystem: str
     options: str = "rw,no_root_squash"
+    owner: int = 0
 
     @property
     def served(self) -> Path:
@@ -64,6 +67,7 @@ class Server:
         _run("mount", "-t", "tmpfs", "exports", _EXPORTED)
         for export in self.exports:
             export.served.mkdir()
+            os.chown(export.served, export.owner, export.owner)
             export.exported.mkdir()
             self.bind(export)
         _run("mount", "-t", "nfsd", "nfsd", _CONTROL)
@@ -102,6 +106,22 @@ class Server:
         finally:
             self.start()
 
+    def replace(self, export: Export) -> None:
+        """Put another directory with copies of the files, but not the directories, where an export's was."""
+        self.stop()
+        _run("exportfs", "-u", "-a")
+        _run("exportfs", "-f")  # which lets the kernel forget the old directory
+        _run("umount", export.exported)
+        # both are there for a while, so that the new one cannot have the old one's inode number
+        old = export.served.rename(export.served.with_name(f"{export.name}.old"))
+        export.served.mkdir()
+        for path in old.iterdir():
+            if path.is_file():
+                shutil.copy(path, export.served)
+        shutil.rmtree(old)
+        self.bind(export)
+        self.start()
+
     def bind(self, export: Export) -> None:
         """Put an export's directory where it is exported from."""
         _run("mount", "--bind", export.served, export.exported)
@@ -109,6 +129,11 @@ class Server:
     def mount(self, export: Export, options: str = MOUNT_OPTIONS) -> None:
         """Mount an export where its pool is."""
         _run("mount", "-t", "nfs", "-o", options, f"127.0.0.1:/{export.name}", export.mounted)
+
+    def remount(self, export: Export) -> None:
+        """Mount an export anew, whoever still has a file of it open."""
+        _run("umount", "-l", export.mounted)
+        self.mount(export)
 
 
 def _run(*command: str | Path) -> None:

@@ -1,7 +1,6 @@
-"""The server goes away and comes back: a snapshot is whole or it is not there."""
+"""The server goes away, comes back, or comes back as another: a snapshot is whole or it is not there."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,20 +9,14 @@ import grpc
 import pytest
 
 from frostgate.v1 import group_snapshot_pb2 as pb
-from tests.conformance.bench import Bench
+from frostgate.v1 import snapshot_provider_pb2 as rpc
+from tests.conformance.bench import Bench, refused
 from tests.conformance.storages import MIB
 from tests.gateway_process import reason_of
-from tests.nfs.conftest import OverNfs
+from tests.nfs.conftest import OverNfs, wait
 
 READY = pb.GROUP_SNAPSHOT_STATE_READY
 MANY = 40
-
-
-def wait(until: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @contextmanager
@@ -72,6 +65,28 @@ def test_a_server_that_stays_away_in_mid_cut_ends_it_at_its_deadline_with_nothin
     again = hasty.id("again")
     hasty.take(again, *volumes)
     assert [storage.member_digest(again, volume) for volume in volumes] == before
+
+
+@pytest.mark.expects_log("undone")
+def test_a_directory_that_was_replaced_on_the_server_is_said_to_be_stale_until_it_is_mounted_again(
+    bench: Bench, storage: OverNfs
+) -> None:
+    volume, group = bench.volume(pool="replaced"), bench.id()
+    before = storage.digest(volume, "replaced")
+    bench.prepare(group, ("replaced", volume))
+    export = next(export for export in storage.server.exports if export.name == "replaced")
+    storage.server.replace(export)
+    with refused("POOL_UNAVAILABLE") as caught:
+        bench.stub.ListVolumes(rpc.ListVolumesRequest(pool="replaced"))
+    assert "mount it again" in caught.value.details()
+    storage.server.remount(export)
+    with pytest.raises(grpc.RpcError) as caught:
+        bench.cut(group)
+    assert reason_of(caught.value) in ("POOL_UNAVAILABLE", "VOLUME_CHANGED")
+    bench.wait_gone(group)
+    again = bench.id("again")
+    bench.take(again, ("replaced", volume))
+    assert storage.member_digest(again, volume, "replaced") == before
 
 
 def copying(bench: Bench, storage: OverNfs) -> tuple[str, str]:
