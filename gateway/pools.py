@@ -10,15 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
+
+import structlog
 
 from gateway.config import Limits, PoolConfig
 from gateway.errors import Refused
 from gateway.metrics import BUSY_THREADS
-from providers.base import PoolUnavailable, Provider, ProviderError
+from providers.base import BlockReader, PoolUnavailable, Provider, ProviderError
 
 T = TypeVar("T")
+_log = structlog.get_logger()
 
 
 class TimedOut(Refused):
@@ -42,11 +47,12 @@ class Lane:
         self._under_way = 0
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"{pool}-{name}")
 
-    async def run(self, timeout_s: float | None, verb: Callable[[], T]) -> T:
+    async def run(self, timeout_s: float | None, verb: Callable[[], T], late: Callable[[T], None] | None = None) -> T:
         """Run a provider's verb in a thread and wait for it.
 
-        Raises what the verb raises; PoolUnavailable when every thread is taken; TimedOut when it is not back
-        after `timeout_s` (the thread cannot be stopped: TimedOut.ended tells when it comes back after all).
+        What it returns when nobody waits any more (too late, or the caller was cancelled) is given to `late`, in a
+        thread too. Raises what the verb raises; PoolUnavailable when every thread is taken; TimedOut when it is not
+        back after `timeout_s` (the thread cannot be stopped: TimedOut.ended tells when it comes back after all).
         """
         if self._under_way >= self._limit:
             raise PoolUnavailable(
@@ -58,8 +64,14 @@ class Lane:
         call = self._executor.submit(self._named, verb)
         waiting = asyncio.wrap_future(call, loop=loop)
         waiting.add_done_callback(self._done)
-        done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
-        if done:
+        taken = False
+        try:
+            await asyncio.wait({waiting}, timeout=timeout_s)
+            taken = waiting.done()
+        finally:
+            if late and not taken:
+                waiting.add_done_callback(partial(self._late, late))
+        if taken:
             return waiting.result()
         raise TimedOut(self._pool, timeout_s or 0, waiting)
 
@@ -74,6 +86,11 @@ class Lane:
     def close(self) -> None:
         """Refuse further work; what hangs is left to the end of the process."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _late(self, late: Callable[[T], None], waiting: asyncio.Future[T]) -> None:
+        if not waiting.cancelled() and waiting.exception() is None:
+            with suppress(RuntimeError):  # the lane is closed: the process ends
+                self._executor.submit(late, waiting.result())
 
     def _done(self, waiting: asyncio.Future[T]) -> None:
         self._under_way -= 1
@@ -107,11 +124,25 @@ class Pool:
         """Run a quick verb with the configured deadline."""
         return await self.query.run(self.limits.call_timeout_s, verb)
 
+    async def reader(self, group_id: str, volume: str) -> BlockReader:
+        """Open a reader with the configured deadline. One that opens later is closed when it comes."""
+        return await self.query.run(
+            self.limits.call_timeout_s, lambda: self.provider.open(group_id, volume), late=_close
+        )
+
     def close(self) -> None:
         """Close lanes and provider."""
         for lane in (self.query, self.cut, self.work, self.read):
             lane.close()
         self.provider.close()
+
+
+def _close(reader: BlockReader) -> None:
+    """Close a reader that nobody has."""
+    try:
+        reader.close()
+    except Exception as error:
+        _log.warning("reader_not_closed", error=str(error))
 
 
 class Pools:

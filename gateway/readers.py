@@ -49,7 +49,7 @@ class Readers:
 
     @asynccontextmanager
     async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[BlockReader]:
-        """Give a reader of a member. Raises what the provider's open() raises."""
+        """Give a reader of a member. Raises what the provider's open() raises, TimedOut."""
         key = (pool.name, group_id, volume)
         waiting = self._idle.get(key)
         if waiting:
@@ -57,7 +57,7 @@ class Readers:
             idle.closing.cancel()
             reader = idle.reader
         else:
-            reader = await pool.ask(lambda: pool.provider.open(group_id, volume))
+            reader = await pool.reader(group_id, volume)
         try:
             yield reader
         except BaseException:

@@ -1,8 +1,8 @@
 """Copying files and trees out of a snapshot: with owners, modes, times, attributes, hard links and holes.
 
 A file appears under its name when it is whole and on disk: it is written beside it as .NAME.frostgate-partial, which
-a repeat goes on with. A file that is there already with the size and time of the snapshot's is left alone, so that a
-restore can be repeated until it is done. Nothing that the guest chose leads out of the destination: directories are
+a repeat goes on with. A file that is there already with the size and time of the snapshot's is not read again, so that
+a restore can be repeated until it is done. Nothing that the guest chose leads out of the destination: directories are
 opened one by one without following links. Set-user-id bits and device nodes are left out unless asked for.
 """
 
@@ -112,6 +112,7 @@ class Restore:
         if entry.links > 1:
             self._linked[entry.id] = where
         if self._is_there(entry, parent, name):
+            self._keep(entry, parent, name)
             self.outcome.unchanged += 1
             self._advance(entry.size_bytes)
         else:
@@ -127,6 +128,15 @@ class Restore:
         except FileNotFoundError:
             return False
         return stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (entry.size_bytes, entry.mtime_ns)
+
+    def _keep(self, entry: Entry, parent: int, name: bytes) -> None:
+        """Dress a file that is there already: an earlier restore may have been told to keep less."""
+        if self._wishes.owners or self._wishes.privileged:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=parent)
+            try:
+                self._attributes(entry, file, os.fsdecode(name))
+            finally:
+                os.close(file)
 
     def _content(self, entry: Entry, parent: int, name: bytes) -> None:
         partial = b"." + name[:200] + b".frostgate-partial"

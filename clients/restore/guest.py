@@ -39,6 +39,7 @@ def put(
     import libvirt
     import libvirt_qemu
 
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print what we raise
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as error:

@@ -99,7 +99,7 @@ class Exports:
     async def _open(self, group_id: str, volume: volume_pb2.VolumeRef) -> tuple[Pool, BlockReader]:
         group = await taking.found(self.core, group_id)
         pool = streaming.readable(self.core, group, volume)
-        return pool, await pool.ask(lambda: pool.provider.open(group_id, volume.volume))
+        return pool, await pool.reader(group_id, volume.volume)
 
     def _busy(self, pool: str) -> int:
         """Return how many connections of a pool are in the storage now. Costs the reads nothing."""
