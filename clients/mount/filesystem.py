@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import pyfuse3
@@ -21,6 +22,7 @@ import trio
 from clients.blocks import Blocks
 from clients.files.parser import ANSWER_TIMEOUT_S, attributes, decoded, found_entry, listed, target
 from clients.files.snapshot import FileTree
+from clients.files.wire import Entry
 from clients.mount.contents import Contents, is_small
 from clients.mount.tree import FOREVER_S, Directory, Disk, Inode, Node, Text, child, confined, is_directory
 from clients.mount.waiting import waiting
@@ -49,11 +51,16 @@ class _Known:
 
 @dataclass
 class _OpenDirectory:
-    """A directory being read."""
+    """A directory being read. `batch` is what the parser told of it last, from position `begin` on.
+
+    The kernel has room for a part of that at a time, in older ones for a page of it.
+    """
 
     inode: int
     names: list[bytes] = field(default_factory=list)
     entries: Mapping[bytes, Node] = field(default_factory=dict)
+    begin: int = 0
+    batch: list[tuple[bytes, Entry | None]] = field(default_factory=list)
     complete_at: int = -1
 
 
@@ -121,11 +128,13 @@ class SnapshotFilesystem(pyfuse3.Operations):
             tree = node.tree
             if reading.complete_at == position:
                 return
-            entries, complete = await _ask(tree, listed, "listing", node.entry.id, position)
-            self._contents.listed(tree, node.entry.id, (found for _, found in entries), begin=position == 0)
-            if complete:
-                reading.complete_at = position + len(entries)
-            for name, found in entries:
+            if not reading.begin <= position < reading.begin + len(reading.batch):
+                reading.batch, complete = await _ask(tree, listed, "listing", node.entry.id, position)
+                reading.begin = position
+                self._contents.listed(tree, node.entry.id, (found for _, found in reading.batch), begin=position == 0)
+                if complete:
+                    reading.complete_at = position + len(reading.batch)
+            for name, found in islice(reading.batch, position - reading.begin, None):
                 position += 1
                 if found is None:
                     _log.warning("entry_damaged", name=os.fsdecode(name))

@@ -193,24 +193,27 @@ def test_what_is_not_ready_is_refused(images: Images) -> None:
 def test_a_gateway_that_stays_away_is_an_error_with_a_log_line_and_not_the_end(images: Images, snapshot: str) -> None:
     directory = images.scratch / "away"
     told = images.json("mount", snapshot, directory)
+    serving = psutil.Process(told["pid"])
     try:
-        images.gateway.stop()
         with (directory / "disks" / "packed.qcow2.raw").open("rb", buffering=0) as file:
-            with pytest.raises(OSError) as failed:
-                os.pread(file.fileno(), MIB, 500 * MIB)
+            images.gateway.stop()
+            try:
+                with pytest.raises(OSError) as failed:
+                    os.pread(file.fileno(), MIB, 500 * MIB)
+            finally:
+                images.gateway.start()
             assert failed.value.errno == errno.EIO
             assert "read_failed" in Path(told["log"]).read_text()
-            images.gateway.start()
             with (images.pool / "ext4.raw").open("rb") as original:
                 assert os.pread(file.fileno(), MIB, 500 * MIB) == os.pread(original.fileno(), MIB, 500 * MIB)
     finally:
         images.cli("umount", "--lazy", directory, check=True)
+        serving.wait(120)  # it has the members open until then
 
 
 def test_umount_leaves_who_is_in_there_in_peace(images: Images, snapshot: str) -> None:
     directories = [images.scratch / name for name in ("one", "two with a space")]
-    for directory in directories:
-        images.cli("mount", snapshot, directory, check=True)
+    serving = [psutil.Process(images.json("mount", snapshot, directory)["pid"]) for directory in directories]
     assert images.cli("umount", directories[0], "--all").returncode == 2
     with (directories[0] / "files" / "noise.raw" / "whole" / "WHY-NOT.txt").open():
         busy = images.cli("umount", directories[0])
@@ -219,3 +222,5 @@ def test_umount_leaves_who_is_in_there_in_peace(images: Images, snapshot: str) -
     told = images.json("umount", directories[0])
     assert told == {"unmounted": [str(directories[0])]}
     images.cli("umount", directories[1], check=True)
+    for process in serving:
+        process.wait(120)
