@@ -199,7 +199,7 @@ def test_a_gateway_that_stays_away_is_an_error_with_a_log_line_and_not_the_end(i
             images.gateway.stop()
             try:
                 with pytest.raises(OSError) as failed:
-                    os.pread(file.fileno(), MIB, 500 * MIB)
+                    os.pread(file.fileno(), 4096, 500 * MIB)
             finally:
                 images.gateway.start()
             assert failed.value.errno == errno.EIO
