@@ -403,7 +403,7 @@ def test_what_a_crash_left_is_removed_when_the_journal_is_lost_too(own: Bench) -
     volume, group, kept = own.volume(), own.id(), own.id()
     own.take(kept, volume)
     cluster(own).forget_calls()
-    cluster(own).inject("VolumeCreate", "delay-after", delay_s=3)
+    cluster(own).inject("VolumeCreate", "delay-after", delay_s=20)
     own.cut(group, volume)
     wait(lambda: cluster(own).calls().get("VolumeCreate"))
     outcome = lose_journal(own)
