@@ -2,8 +2,9 @@
 
 A caller names a host and a domain; the address comes from the pool's configuration only, and what the caller
 says of the domain's disk is checked against the live XML. One connection a URI serves all pools of the process.
-libvirt's keepalive closes one whose daemon hangs, so that no call waits for ever; opening is given up after
-a while. libvirt-python is loaded when a hypervisor is first asked.
+Calls to a daemon that hangs wait until it goes on or is killed, on the pool's bounded threads: libvirt's keepalive
+would end them, but closing a connection in the middle of calls crashes the process with libvirt 9.0. Opening one is
+given up after a while. libvirt-python is loaded when a hypervisor is first asked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from lxml import etree
 from providers.base import Attachment, CapabilityMissing, DiskSource, PoolUnavailable, VolumeInUse
 
 _OPEN_TIMEOUT_S = 10.0
-_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 4, 3
 
 _lock = threading.Lock()
 _connections: dict[str, Future[Any]] = {}
@@ -49,7 +49,7 @@ def load() -> Any:
 
 def _run_events(libvirt: Any) -> None:
     while True:
-        with suppress(libvirt.libvirtError):  # of one round; keepalives and events of all connections go on
+        with suppress(libvirt.libvirtError):  # of one round; events of all connections go on
             libvirt.virEventRunDefaultImpl()
 
 
@@ -81,8 +81,6 @@ def _open(libvirt: Any, uri: str, opening: Future[Any]) -> None:
     """Open a connection; a thread's body, because nothing ends an open() that hangs."""
     try:
         connection = libvirt.open(uri)
-        with suppress(libvirt.libvirtError):  # a driver without a daemon needs none
-            connection.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
     except libvirt.libvirtError as error:
         opening.set_exception(error)
     else:
