@@ -1,18 +1,20 @@
 """Contents of guests' files, asked for more at a time than the kernel wants: each question costs a hop to a parser.
 
 Who reads one file after the other in a directory (tar, cp, rsync) gets the next small ones with the one that he
-opens; who reads a file from one end to the other gets the next megabyte of it. What was asked for and never used is
-bounded.
+opens, and while he reads those the ones after them are asked for; who reads a file from one end to the other gets the
+next megabyte of it. What was asked for and never used is bounded.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pyfuse3
 import trio
 
 from clients.files import wire
@@ -36,13 +38,20 @@ Ask = Callable[..., Awaitable[Any]]
 
 @dataclass
 class _Listed:
-    """The small files of a directory in the order in which it was read; `in_a_row` were opened there last."""
+    """The small files of a directory in the order in which it was read.
 
+    `wanted` of them are worth asking for at once, the more, the more were opened one after the other. `turn` is the
+    one at which those that follow are asked for ahead, `opened` the place of the one that was opened last.
+    """
+
+    tree: FileTree
     sizes: dict[int, int] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     places: dict[int, int] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
-    in_a_row: int = 0
+    wanted: int = 0
+    opened: int = -1
+    turn: int | None = None
 
 
 @dataclass
@@ -61,16 +70,20 @@ class Contents:
         """Take how to ask."""
         self._ask = ask
         self._directories: OrderedDict[Key, _Listed] = OrderedDict()
-        self._last: Key | None = None
         self._kept: OrderedDict[Key, bytes] = OrderedDict()
         self._kept_bytes = 0
+        self._coming: dict[Key, trio.Event] = {}
+        self._wanted = 0
+        self._turns, self._turned = trio.open_memory_channel[_Listed](_DIRECTORIES)
         self._readers: OrderedDict[Key, _Reader] = OrderedDict()
 
     def listed(self, tree: FileTree, directory: int, entries: Iterable[Entry | None], *, begin: bool) -> None:
         """Take note of a directory's entries as they are read; `begin` says that these are its first."""
         key = (id(tree), directory)
         if begin or key not in self._directories:
-            self._directories[key] = _Listed()
+            # who read the files of one directory and now reads the next one is likely to read its files too
+            self._directories[key] = _Listed(tree, wanted=self._wanted)
+            self._wanted = 0
             self._directories.move_to_end(key)
             if len(self._directories) > _DIRECTORIES:
                 self._directories.popitem(last=False)
@@ -80,20 +93,38 @@ class Contents:
                 listed.places[entry.id] = len(listed.order)
                 listed.order.append(entry.id)
                 listed.sizes[entry.id] = entry.size_bytes
+        if listed.wanted and listed.opened < 0:
+            self._ask_ahead(listed)
+
+    async def ahead(self) -> None:
+        """Ask for files before they are opened, for as long as the mount is there."""
+        async for listed in self._turned:
+            chosen = self._next(listed, listed.opened + 1, 0)
+            if chosen:
+                with suppress(pyfuse3.FUSEError):  # it is in the log; who opens one of them asks again, and is told
+                    await self._fetch(listed, chosen)
 
     async def whole(self, node: Inode) -> bytes:
         """Return a small file's content. Raises what `ask` raises."""
-        key = (id(node.tree), node.entry.id)
+        number = node.entry.id
+        key = (id(node.tree), number)
+        listed = self._directories.get((id(node.tree), node.parent))
+        if listed and number in listed.places:
+            self._opened(listed, number)
+        coming = self._coming.get(key)
+        if coming is not None:
+            with waiting.elsewhere():
+                await coming.wait()
         kept = self._kept.pop(key, None)
         if kept is not None:
             self._kept_bytes -= len(kept)
             return kept
-        wanted = [node.entry.id, *self._next(node)]
-        first, *others = await self._ask(node.tree, contents, "contents", wanted)
-        for number, other in zip(wanted[1:], others, strict=False):
-            if other is not None:
-                self._keep((id(node.tree), number), other)
-        return first or b""
+        if listed is None or number not in listed.places:
+            (content,) = await self._ask(node.tree, contents, "contents", [number])
+            return content or b""
+        listed.sent.add(number)
+        following = self._next(listed, listed.places[number] + 1, node.entry.size_bytes)
+        return await self._fetch(listed, [number, *following], now=True) or b""
 
     async def part(self, node: Inode, offset: int, length: int) -> bytes:
         """Return bytes of a file. Raises what `ask` raises."""
@@ -116,19 +147,44 @@ class Contents:
         finally:
             reader.lock.release()
 
-    def _next(self, node: Inode) -> list[int]:
-        """Return the files to ask for together with one: the more, the more were opened in its directory before."""
-        key = (id(node.tree), node.parent)
-        listed = self._directories.get(key)
-        if listed is None or node.entry.id not in listed.places:
-            return []
-        listed.in_a_row = min(_MOST_TOGETHER, listed.in_a_row * 4 + 1) if key == self._last else 0
-        self._last = key
-        listed.sent.add(node.entry.id)
+    def _opened(self, listed: _Listed, number: int) -> None:
+        """Note that a file is opened; have the next ones asked for when it is their turn."""
+        place = listed.places[number]
+        if place == listed.opened + 1:
+            listed.wanted = min(_MOST_TOGETHER, listed.wanted * 4 + 1)
+        elif place != listed.opened:
+            listed.wanted = 0
+        listed.opened = place
+        self._wanted = listed.wanted
+        if number == listed.turn:
+            listed.turn = None
+            self._ask_ahead(listed)
+
+    def _ask_ahead(self, listed: _Listed) -> None:
+        with suppress(trio.WouldBlock):  # they are asked for when they are opened
+            self._turns.send_nowait(listed)
+
+    async def _fetch(self, listed: _Listed, numbers: list[int], *, now: bool = False) -> bytes | None:
+        """Ask for files and keep them; `now`: the first is not kept but returned. Raises what `ask` raises."""
+        keys = [(id(listed.tree), number) for number in numbers]
+        come = trio.Event()
+        self._coming.update(dict.fromkeys(keys, come))
+        listed.turn = numbers[len(numbers) // 2] if len(numbers) > 1 else None
+        try:
+            found = await self._ask(listed.tree, contents, "contents", numbers)
+            for key, content in list(zip(keys, found, strict=False))[now:]:
+                if content is not None:
+                    self._keep(key, content)
+        finally:
+            for key in keys:
+                self._coming.pop(key, None)
+            come.set()
+        return found[0]
+
+    def _next(self, listed: _Listed, place: int, together: int) -> list[int]:
+        """Return files from a place on that are worth asking for, beside `together` bytes."""
         chosen: list[int] = []
-        together = node.entry.size_bytes
-        place = listed.places[node.entry.id] + 1
-        while len(chosen) < listed.in_a_row and place < len(listed.order):
+        while len(chosen) < listed.wanted and place < len(listed.order):
             number = listed.order[place]
             place += 1
             if number in listed.sent:

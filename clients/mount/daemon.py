@@ -65,7 +65,7 @@ def serve(
         raise MountFailed(f"{directory} cannot be mounted ({error}); is /dev/fuse there?") from None
     mounted = True
     try:
-        mounted = trio.run(_serve, directory, bound, ready)
+        mounted = trio.run(_serve, filesystem, directory, bound, ready)
     finally:
         if mounted:
             unbind(directory)
@@ -75,7 +75,9 @@ def serve(
             subprocess.run(["umount", "--lazy", directory], check=False)
 
 
-async def _serve(directory: Path, bound: OpenSnapshot | None, ready: Callable[[], None]) -> bool:
+async def _serve(
+    filesystem: SnapshotFilesystem, directory: Path, bound: OpenSnapshot | None, ready: Callable[[], None]
+) -> bool:
     """Return whether the mount is still there."""
     told = False
     async with trio.open_nursery() as nursery:
@@ -93,6 +95,7 @@ async def _serve(directory: Path, bound: OpenSnapshot | None, ready: Callable[[]
 
         nursery.start_soon(stop_on_signal)
         nursery.start_soon(serve_requests)
+        nursery.start_soon(filesystem.ahead)
         if os.geteuid() == 0:
             await trio.to_thread.run_sync(_read_more_ahead, directory)
             if bound:

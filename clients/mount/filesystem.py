@@ -76,6 +76,8 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
         self._contents = Contents(_ask)
+        self.ahead = self._contents.ahead
+        """To be run beside the requests: reads files that are likely to be opened."""
         self._attributed: tuple[int, dict[bytes, bytes | None]] = (0, {})
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
