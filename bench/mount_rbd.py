@@ -43,7 +43,10 @@ def main() -> None:
             pools = {"p": {"kind": "ceph", "conf": str(cluster.conf), "rbd_pool": "vms"}}
             with GatewayProcess(Path(tempfile.mkdtemp(prefix="bench-gateway-")), pools) as gateway:
                 gateway.cli("snapshot", "create", "s", "p/a", check=True)
-                with mounted(gateway, lab / "bench-rbd-ours") as (pid, ours), exported(cluster, lab / "bench-rbd-fuse") as peer:
+                with (
+                    mounted(gateway, lab / "bench-rbd-ours") as (pid, ours),
+                    exported(cluster, lab / "bench-rbd-fuse") as peer,
+                ):
                     report({"rbd-fuse": peer, "ours": (pid, ours)})
     finally:
         state.release()

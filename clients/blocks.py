@@ -101,13 +101,22 @@ def _same(found: B, remote: RemoteBlocks) -> B:
     return found
 
 
+class _Descriptor:
+    """An open file, closed when nobody holds this object any more: its number is no other file's before that."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class FileBlocks:
     """A raw file on this host."""
 
-    def __init__(self, descriptor: int, path: str) -> None:
+    def __init__(self, descriptor: int) -> None:
         """Take over an open descriptor."""
-        self._descriptor = descriptor
-        self.path = path
+        self._file: _Descriptor | None = _Descriptor(descriptor)
         self.size_bytes = os.fstat(descriptor).st_size
         self.fetches = True
 
@@ -118,18 +127,20 @@ class FileBlocks:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.ESTALE, "is not the member's file", path)
-        return cls(descriptor, path)
+        return cls(descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
         """See Blocks."""
-        return os.pread(self._descriptor, length, offset)
+        file = self._opened()
+        return os.pread(file.number, length, offset)
 
     def at_once(self, offset: int, length: int) -> bytes | None:
         """See Blocks: what the page cache has. Source: preadv2(2), RWF_NOWAIT."""
         content = bytearray(max(0, min(length, self.size_bytes - offset)))
-        if self.fetches:
+        file = self._file
+        if self.fetches and file:
             try:
-                if os.preadv(self._descriptor, [content], offset, os.RWF_NOWAIT) == len(content):
+                if os.preadv(file.number, [content], offset, os.RWF_NOWAIT) == len(content):
                     return bytes(content)
             except BlockingIOError:
                 pass  # not in the cache; the kernel reads it now
@@ -142,14 +153,18 @@ class FileBlocks:
 
     def descriptor(self) -> int:
         """See Blocks."""
-        return self._descriptor
+        return self._opened().number
 
     def allocated_bytes(self) -> int:
         """See Blocks."""
-        return os.fstat(self._descriptor).st_blocks * 512
+        file = self._opened()
+        return os.fstat(file.number).st_blocks * 512
 
     def close(self) -> None:
         """See Blocks."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file = None
+
+    def _opened(self) -> _Descriptor:
+        if self._file is None:
+            raise OSError(errno.ESTALE, "the snapshot was closed")
+        return self._file

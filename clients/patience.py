@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import structlog
 
 GIVE_UP_S = 30.0
+T = TypeVar("T")
 _log = structlog.get_logger()
 
 
@@ -16,8 +18,8 @@ class Away(Exception):
     """The gateway or the storage does not answer now. The text says more."""
 
 
-def patiently(read: Callable[[], bytes], snapshot_id: str, volume: str) -> bytes:
-    """Return what `read` returns, called again while it raises Away.
+def patiently(read: Callable[[], T], snapshot_id: str = "", volume: str = "") -> T:
+    """Return what `read` returns, called again while it raises Away. The names are for the log.
 
     Raises OSError EIO when it stays away; what else it raises passes, after a line in the log.
     """

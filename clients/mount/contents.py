@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import pyfuse3
+import structlog
 import trio
 
 from clients.files import wire
@@ -31,6 +32,8 @@ _KEPT_BYTES = 8 * 1024 * 1024
 _DIRECTORIES = 64
 _READERS = 16
 _AHEAD_BYTES = 1024 * 1024
+
+_log = structlog.get_logger()
 
 Key = tuple[int, int]
 Ask = Callable[..., Awaitable[Any]]
@@ -101,8 +104,12 @@ class Contents:
         async for listed in self._turned:
             chosen = self._next(listed, listed.opened + 1, 0)
             if chosen:
-                with suppress(pyfuse3.FUSEError):  # it is in the log; who opens one of them asks again, and is told
+                try:
                     await self._fetch(listed, chosen)
+                except pyfuse3.FUSEError:
+                    pass  # it is in the log; who opens one of them asks again, and is told
+                except Exception:  # the task's edge; what leaves it ends the mount
+                    _log.exception("fault", request="ahead")
 
     async def whole(self, node: Inode) -> bytes:
         """Return a small file's content. Raises what `ask` raises."""
@@ -171,7 +178,7 @@ class Contents:
         self._coming.update(dict.fromkeys(keys, come))
         listed.turn = numbers[len(numbers) // 2] if len(numbers) > 1 else None
         try:
-            found = await self._ask(listed.tree, contents, "contents", numbers)
+            found: list[bytes | None] = await self._ask(listed.tree, contents, "contents", numbers)
             for key, content in list(zip(keys, found, strict=False))[now:]:
                 if content is not None:
                     self._keep(key, content)

@@ -10,27 +10,43 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar
 
 import pyfuse3
 import structlog
-import trio
 
 from clients.blocks import Blocks
-from clients.files.parser import ANSWER_TIMEOUT_S, attributes, decoded, found_entry, listed, target
-from clients.files.snapshot import FileTree
+from clients.files.parser import attributes, found_entry, listed, target
 from clients.files.wire import Entry
+from clients.mount.asking import ask, in_thread, told
+from clients.mount.attributes import attributes_of
 from clients.mount.contents import Contents, is_small
-from clients.mount.tree import FOREVER_S, Directory, Disk, Inode, Node, Text, child, confined, is_directory
+from clients.mount.tree import Directory, Disk, Inode, Node, Text, child, confined, is_directory
 from clients.mount.waiting import waiting
 from clients.patience import Away
 
-T = TypeVar("T")
-_BLOCK_BYTES = 512
+H = TypeVar("H", bound=Callable[..., Awaitable[Any]])
 _log = structlog.get_logger()
+
+
+def _answering(handler: H) -> H:
+    """Have a request that meets a fault of ours fail with EIO and a line in the log: the others go on."""
+
+    @wraps(handler)
+    async def answer(self: SnapshotFilesystem, *arguments: Any) -> Any:
+        try:
+            return await handler(self, *arguments)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:  # the request's edge; what leaves it ends the mount
+            _log.exception("fault", request=handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return answer  # type: ignore[return-value]
 
 
 @dataclass
@@ -75,11 +91,12 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._next = pyfuse3.ROOT_INODE + 1
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
-        self._contents = Contents(_ask)
+        self._contents = Contents(ask)
         self.ahead = self._contents.ahead
         """To be run beside the requests: reads files that are likely to be opened."""
         self._attributed: tuple[int, dict[bytes, bytes | None]] = (0, {})
 
+    @_answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Find a name in a directory."""
         if name == b".":
@@ -87,7 +104,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         node = self._node(parent_inode)
         if isinstance(node, Inode):
             tree = node.tree
-            found = await _ask(tree, found_entry, "find", node.entry.id, name)
+            found = await ask(tree, found_entry, "find", node.entry.id, name)
             there: Node | None = None if found is None else child(node, found)
         else:
             there = (await self._entries(parent_inode)).get(name)
@@ -95,11 +112,12 @@ class SnapshotFilesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOENT)
         number = self._number(parent_inode, name, there)
         self._known[number].lookups += 1
-        return await _attributes(number, there)
+        return await attributes_of(number, there)
 
+    @_answering
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Tell an inode's attributes."""
-        return await _attributes(inode, self._node(inode))
+        return await attributes_of(inode, self._node(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Let go of what the kernel does not hold any more."""
@@ -112,6 +130,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
                 del self._known[inode]
                 self._numbers.pop(known.key, None)
 
+    @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
         """Begin reading a directory."""
         if not is_directory(self._node(inode)):
@@ -121,6 +140,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._directories[handle] = _OpenDirectory(inode)
         return handle
 
+    @_answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Tell entries from a position on, with their attributes."""
         reading = self._directories[fh]
@@ -131,7 +151,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
             if reading.complete_at == position:
                 return
             if not reading.begin <= position < reading.begin + len(reading.batch):
-                reading.batch, complete = await _ask(tree, listed, "listing", node.entry.id, position)
+                reading.batch, complete = await ask(tree, listed, "listing", node.entry.id, position)
                 reading.begin = position
                 self._contents.listed(tree, node.entry.id, (found for _, found in reading.batch), begin=position == 0)
                 if complete:
@@ -153,7 +173,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
 
     async def _reply(self, token: pyfuse3.ReaddirToken, parent: int, name: bytes, node: Node, position: int) -> bool:
         number = self._number(parent, name, node)
-        if not pyfuse3.readdir_reply(token, name, await _attributes(number, node, exact=False), position):
+        if not pyfuse3.readdir_reply(token, name, await attributes_of(number, node, exact=False), position):
             if not self._known[number].lookups:
                 self._numbers.pop(self._known.pop(number).key, None)
             return False
@@ -164,6 +184,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         """End reading a directory."""
         self._directories.pop(fh, None)
 
+    @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         """Open for reading."""
         if flags & (os.O_WRONLY | os.O_RDWR):
@@ -188,6 +209,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         if known:
             known.opens -= 1
 
+    @_answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read."""
         node = self._node(fh)
@@ -199,17 +221,20 @@ class SnapshotFilesystem(pyfuse3.Operations):
             return await self._contents.part(node, off, size)
         raise pyfuse3.FUSEError(errno.EISDIR)
 
+    @_answering
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """Tell where a link points, within its tree."""
         node = self._node(inode)
         if not isinstance(node, Inode):
             raise pyfuse3.FUSEError(errno.EINVAL)
-        return confined(await _ask(node.tree, target, "link", node.entry.id), node.depth)
+        return confined(await ask(node.tree, target, "link", node.entry.id), node.depth)
 
+    @_answering
     async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
         """Tell the names of the extended attributes."""
         return list(await self._xattrs(inode))
 
+    @_answering
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """Tell one extended attribute. Those by which the kernel would give rights are told, and nosuid voids them."""
         found = await self._xattrs(inode)
@@ -234,7 +259,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         # `ls -l` asks for one name after the other
         last, found = self._attributed
         if last != inode:
-            found = await _ask(node.tree, attributes, "xattrs", node.entry.id)
+            found = await ask(node.tree, attributes, "xattrs", node.entry.id)
             self._attributed = inode, found
         return found
 
@@ -244,7 +269,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         if not isinstance(node, Directory):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         if known.entries is None or time.monotonic() > known.read_at + node.valid_s:
-            known.entries = await _wait(node.list)
+            known.entries = await in_thread(node.list)
             known.read_at = time.monotonic()
         return known.entries
 
@@ -256,7 +281,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
 
     def _number(self, parent: int, name: bytes, node: Node) -> int:
         """Return a node's inode number: hard links share one; symbolic links, whose targets depend on it, do not."""
-        key: object = (parent, name)
+        key: object = (parent, name, node.identity if isinstance(node, Directory) else None)
         if isinstance(node, Inode):
             shared = not stat.S_ISLNK(node.entry.mode)
             key = (id(node.tree), node.entry.id) if shared else (id(node.tree), node.entry.id, node.parent)
@@ -285,7 +310,7 @@ async def _read_disk(disk: Blocks, offset: int, length: int) -> bytes:
     if content is None and disk.fetches:
         # in the event loop, on purpose: a local disk has it before a thread would
         await waiting.let_others()
-        content = _told(lambda: disk.read(offset, length))
+        content = told(lambda: disk.read(offset, length))
     if content is not None:
         return content
     asked = disk.begin(offset, length)
@@ -297,78 +322,4 @@ async def _read_disk(disk: Blocks, offset: int, length: int) -> bytes:
             pass  # read() is patient
         finally:
             asked.abandon()
-    return await _wait(lambda: disk.read(offset, length))
-
-
-async def _ask(tree: FileTree, decode: Callable[[Any], T], call: str, *arguments: Any) -> T:
-    """Ask a parser without a thread in between: what `find` and `tar` do thousands of times. Raises FUSEError."""
-    parser = tree.parser
-    if not parser.lock.acquire(blocking=False):
-        with waiting.elsewhere():
-            await trio.to_thread.run_sync(parser.lock.acquire)
-    try:
-        control = parser.begin(call, tree.number, *arguments)
-        answered = False
-        try:
-            with trio.move_on_after(ANSWER_TIMEOUT_S):
-                await waiting.for_answer(control)
-                answered = True
-        finally:
-            if not answered:
-                parser.abandon()
-        return decoded(decode, parser.finish())
-    except OSError as error:
-        _log.warning("unreadable", partition=tree.tree.name, request=call, error=error.strerror)
-        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-    finally:
-        parser.lock.release()
-
-
-async def _wait(work: Callable[[], T]) -> T:
-    """Do what may block in a thread; its errors become FUSE's. Raises FUSEError."""
-    with waiting.elsewhere():
-        return await trio.to_thread.run_sync(lambda: _told(work))
-
-
-def _told(work: Callable[[], T]) -> T:
-    """Do something; its errors become FUSE's. Raises FUSEError."""
-    try:
-        return work()
-    except OSError as error:
-        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-
-
-async def _attributes(number: int, node: Node, *, exact: bool = True) -> pyfuse3.EntryAttributes:
-    answer = pyfuse3.EntryAttributes()
-    answer.st_ino = number
-    answer.attr_timeout = answer.entry_timeout = FOREVER_S
-    answer.st_blksize = 65536
-    answer.st_uid = answer.st_gid = 0
-    if isinstance(node, Inode):
-        entry = node.entry
-        answer.st_mode, answer.st_nlink = entry.mode, entry.links
-        answer.st_uid, answer.st_gid = entry.uid, entry.gid
-        answer.st_size = max(0, entry.size_bytes)
-        answer.st_blocks = -(-entry.allocated_bytes // _BLOCK_BYTES)
-        answer.st_rdev = os.makedev(*entry.device)
-        answer.st_mtime_ns, answer.st_atime_ns, answer.st_ctime_ns = entry.mtime_ns, entry.atime_ns, entry.ctime_ns
-        return answer
-    answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = node.time_ns
-    answer.st_nlink = 1
-    answer.st_mode = stat.S_IFREG | 0o444
-    if isinstance(node, Directory):
-        answer.st_mode = stat.S_IFDIR | 0o555
-        answer.st_nlink = 2
-        answer.attr_timeout = answer.entry_timeout = node.valid_s
-    elif isinstance(node, Text):
-        answer.st_size = len(node.content)
-        answer.st_blocks = -(-len(node.content) // _BLOCK_BYTES)
-    else:
-        disk = node.blocks
-        answer.st_mode = stat.S_IFREG | 0o400
-        answer.st_size = disk.size_bytes
-        allocated = await _wait(disk.allocated_bytes) if exact else disk.size_bytes
-        answer.st_blocks = -(-allocated // _BLOCK_BYTES)
-        if not exact:
-            answer.attr_timeout = 0
-    return answer
+    return await in_thread(lambda: disk.read(offset, length))

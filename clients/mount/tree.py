@@ -12,23 +12,33 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
+
+import grpc
 
 from clients.blocks import Blocks
 from clients.files.snapshot import READABLE, FileTree, OpenSnapshot
 from clients.files.wire import Entry
 from clients.gateway import Gateway, GatewayError
+from clients.patience import Away, patiently
+from frostgate.v1 import group_snapshot_pb2 as pb
 
+T = TypeVar("T")
 FOREVER_S = 3600.0
 LOOK_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory of ours. `list` may block; what it returns holds for `valid_s` seconds."""
+    """A directory of ours. `list` may block; what it returns holds for `valid_s` seconds.
+
+    What has another `identity` is another directory, also when it has the name of one that was there before.
+    """
 
     list: Callable[[], Mapping[bytes, Node]]
     time_ns: int
     valid_s: float = FOREVER_S
+    identity: object = None
 
 
 @dataclass(frozen=True)
@@ -138,17 +148,16 @@ class Everything:
         with self._lock:
             if time.monotonic() < self._looked_at + LOOK_AGAIN_S:
                 return self._vms
-            try:
-                found = list(self.gateway.list())
-            except GatewayError as error:
-                raise OSError(errno.EIO, str(error)) from error
+            found = patiently(lambda: _answered(lambda: list(self.gateway.list())))
             vms: dict[str, dict[str, int]] = {}
             for snapshot in found:
                 if snapshot.state in READABLE:
                     vm = (snapshot.vm.name or snapshot.vm.uuid or "no-vm").replace("/", "%2F")
                     vms.setdefault(vm, {})[snapshot.id] = snapshot.cut_time.ToNanoseconds()
-            for gone in self._open.keys() - {snapshot.id for snapshot in found}:
-                self._open.pop(gone).close()
+            there = {snapshot.id: _identity(snapshot) for snapshot in found}
+            for snapshot_id, opened in list(self._open.items()):
+                if there.get(snapshot_id) != _identity(opened.group):
+                    self._open.pop(snapshot_id).close()
             self._vms, self._looked_at = vms, time.monotonic()
             return vms
 
@@ -158,18 +167,36 @@ class Everything:
 
     def _snapshots(self, vm: str) -> Mapping[bytes, Node]:
         return {
-            name.encode(): Directory(partial(self._snapshot, name), cut_ns)
+            # another one may have its id later
+            name.encode(): Directory(partial(self._snapshot, name, cut_ns), cut_ns, LOOK_AGAIN_S, identity=cut_ns)
             for name, cut_ns in self._look().get(vm, {}).items()
         }
 
-    def _snapshot(self, snapshot_id: str) -> Mapping[bytes, Node]:
+    def _snapshot(self, snapshot_id: str, identity: int) -> Mapping[bytes, Node]:
         with self._lock:
             if snapshot_id not in self._open:
-                try:
-                    self._open[snapshot_id] = OpenSnapshot(self.gateway, snapshot_id, self.passphrase)
-                except GatewayError as error:
-                    raise OSError(errno.EIO, str(error)) from error
-            return snapshot_directory(self._open[snapshot_id]).list()
+                opening = partial(OpenSnapshot, self.gateway, snapshot_id, self.passphrase)
+                self._open[snapshot_id] = patiently(partial(_answered, opening), snapshot_id)
+            opened = self._open[snapshot_id]
+            if _identity(opened.group) != identity:
+                raise OSError(errno.ESTALE, "was deleted; another snapshot has its id now", snapshot_id)
+            return snapshot_directory(opened).list()
+
+
+def _identity(snapshot: pb.GroupSnapshot) -> int:
+    """Return what tells a snapshot from one that had its id before."""
+    return snapshot.cut_time.ToNanoseconds()
+
+
+def _answered(question: Callable[[], T]) -> T:
+    """Return the gateway's answer. Raises Away, OSError."""
+    try:
+        return question()
+    except GatewayError as error:
+        if error.status == grpc.StatusCode.UNAVAILABLE:
+            raise Away(str(error)) from error
+        gone = error.status == grpc.StatusCode.NOT_FOUND
+        raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
 
 
 def child(of: Inode, entry: Entry) -> Inode:

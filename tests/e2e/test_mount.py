@@ -169,6 +169,33 @@ def test_all_shows_snapshots_as_they_come_and_go(images: Images, snapshot: str) 
         wait_until(lambda: "later" not in os.listdir(shown))
 
 
+def test_all_shows_the_snapshot_that_has_an_id_now(images: Images, snapshot: str) -> None:
+    with mounted(images, "--all") as directory:
+        shown = directory / "no-vm" / "again" / "disks"
+        for volume in ("noise.raw", "packed.qcow2", "noise.raw"):
+            with taken(images, "again", volume):
+                wait_until(lambda name=f"{volume}.raw": shown.is_dir() and os.listdir(shown) == [name])
+                with (shown / f"{volume}.raw").open("rb") as file:
+                    first = "noise.raw" if volume == "noise.raw" else "ext4.raw"
+                    with (images.pool / first).open("rb") as original:
+                        assert file.read(MIB) == original.read(MIB)
+
+
+def test_all_waits_for_a_gateway_that_is_started_again(images: Images, snapshot: str) -> None:
+    with mounted(images, "--all") as directory:
+        images.gateway.stop()
+        began = subprocess.Popen(
+            ["sha256sum", directory / "no-vm" / snapshot / "disks" / "noise.raw.raw"], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            time.sleep(1)
+            assert began.poll() is None
+        finally:
+            images.gateway.start()
+        told, _ = began.communicate(timeout=100)
+        assert told.split()[0] == sha256(images.pool / "noise.raw")
+
+
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 100
     while not true():

@@ -20,7 +20,7 @@ from clients.files import parser, wire
 from clients.files.parser import Parser
 from clients.files.snapshot import FileTree
 from clients.files.wire import Entry, Tree
-from clients.mount import filesystem
+from clients.mount.attributes import attributes_of
 from clients.mount.tree import Inode
 
 VALUES = st.recursive(
@@ -64,7 +64,7 @@ def test_whatever_an_entry_says_the_kernel_can_be_told(
     with contextlib.suppress(wire.Closed):
         found = wire.entry(values)
         tree = FileTree(Parser([]), 0, Tree((0,), "whole", "ext"), "")
-        trio.run(filesystem._attributes, 1, Inode(tree, found, 1))
+        trio.run(attributes_of, 1, Inode(tree, found, 1))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def real(tmp_path: Path) -> Iterator[Parser]:
     image.touch()
     os.truncate(image, 8 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    made = Parser([FileBlocks(os.open(image, os.O_RDONLY), str(image))])
+    made = Parser([FileBlocks(os.open(image, os.O_RDONLY))])
     yield made
     made.close()
 
