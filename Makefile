@@ -37,8 +37,12 @@ test-nfs: setup ## Run the tests of the nfs provider on real NFS 4.2, in a guest
 	@tests/lab/mirror/build.sh
 	@$(BIN)/python -m pytest tests/nfs $(PYTEST_ARGS)
 
-bench: setup ## Measure: freeze windows (files, Ceph, StorPool), reverts, size independence, the gateway's own cost; each beside its peer.
-	@for script in bench/[a-z]*.py; do $(BIN)/python -m bench.$$(basename $$script .py); done
+bench: setup ## Measure: freeze windows, reverts, mounts, the gateway's own cost ...; each beside its peer. Takes an hour.
+	@failed=""; for script in bench/[a-z]*.py; do \
+		name=$$(basename $$script .py); echo; echo "== $$name: $$(head -1 $$script | tr -d '\"')"; \
+		$(BIN)/python -m tests.lab down; $(BIN)/python -m bench.$$name || failed+=" $$name"; \
+	done; $(BIN)/python -m tests.lab down; \
+	[[ -z $$failed ]] || { echo "bench: failed:$$failed" >&2; exit 1; }
 
 lint: setup ## ruff, mypy --strict, buf lint, import-linter.
 	@$(BIN)/ruff check .

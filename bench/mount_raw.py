@@ -1,8 +1,9 @@
 """A raw local member, 1 GiB: our mount beside `qemu-storage-daemon --export type=fuse` of the same file.
 
 Read in order, cold; 4 KiB at random by fio, 1 and 16 jobs, once cold and once with the file in the page cache. "bound"
-is what root has (the file itself, by a bind mount), "by FUSE" what everybody else has. All in turn in every round, in
-one session, so that the scheduler's groups favour nobody; medians. Beside the rates of 4 KiB reads: the server's
+is what root has (the file itself, by a bind mount), "by FUSE" what everybody else has. All in turn in every round, each
+time another one first (who comes later finds the blocks in caches below this machine), in one session, so that the
+scheduler's groups favour nobody; medians. Beside the rates of 4 KiB reads: the server's
 processor time for each, which a busy machine disturbs less.
 """
 
@@ -94,12 +95,16 @@ def report(member: Path, places: dict[str, tuple[int, Path]]) -> None:
     """Measure all of them and print."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     cost: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(ROUNDS):
-        for name, (pid, path) in places.items():
-            found["in order, cold, MiB/s", name].append(in_order(path))
-            for warm in (False, True):
-                for jobs in (1, 16):
-                    key = f"4 KiB, {jobs} jobs, {'warm' if warm else 'cold'}, IOPS"
+    names = list(places)
+    for turn in range(ROUNDS):
+        order = [names[(turn + step) % len(names)] for step in range(len(names))]
+        for name in order:
+            found["in order, cold, MiB/s", name].append(in_order(places[name][1]))
+        for warm in (False, True):
+            for jobs in (1, 16):
+                key = f"4 KiB, {jobs} jobs, {'warm' if warm else 'cold'}, IOPS"
+                for name in order:
+                    pid, path = places[name]
                     rate, each = at_random(path, jobs, pid, member if warm else None)
                     found[key, name].append(rate)
                     cost[key, name].append(each)
