@@ -19,7 +19,7 @@ from clients.files.wire import Entry
 from clients.files.xfs_attributes import XfsAttributes
 from clients.files.xfs_names import XfsNames
 
-_OPEN = 1024
+_OPEN = 4096
 _DIRECTORIES = 64
 _EXTENTS_COUNTED = 256
 _SPARSE = 1

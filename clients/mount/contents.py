@@ -7,6 +7,7 @@ next megabyte of it. What was asked for and never used is bounded.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -19,7 +20,7 @@ import structlog
 import trio
 
 from clients.files import wire
-from clients.files.parser import contents
+from clients.files.parser import contents, ranges
 from clients.files.snapshot import FileTree
 from clients.files.wire import Entry
 from clients.mount.tree import Inode, is_file
@@ -32,6 +33,9 @@ _KEPT_BYTES = 8 * 1024 * 1024
 _DIRECTORIES = 64
 _READERS = 16
 _AHEAD_BYTES = 1024 * 1024
+_HOLES_BYTES = 1024 * 1024
+_DATA_RANGES = 10_000
+_ZEROS = bytes(1024 * 1024)
 
 _log = structlog.get_logger()
 
@@ -59,11 +63,13 @@ class _Listed:
 
 @dataclass
 class _Reader:
-    """What was read last of a file."""
+    """What was read last of a file; `data`, of one with holes, says where they are not."""
 
     lock: trio.Lock = field(default_factory=trio.Lock)
     begin: int = 0
     content: bytes = b""
+    data: list[tuple[int, int]] | None = None
+    asked: bool = False
 
 
 class Contents:
@@ -143,6 +149,12 @@ class Contents:
         # the kernel asks for the next part before it has this one
         await waiting.turn(reader.lock)
         try:
+            if not reader.asked and node.entry.size_bytes - node.entry.allocated_bytes >= _HOLES_BYTES:
+                await self._look_for_holes(reader, node)
+            if (length := min(length, node.entry.size_bytes - offset)) <= 0:
+                return b""
+            if reader.data is not None and length <= len(_ZEROS) and _is_hole(reader.data, offset, length):
+                return _ZEROS[:length]
             end = reader.begin + len(reader.content)
             if not (reader.begin <= offset and (offset + length <= end or offset < end == node.entry.size_bytes)):
                 goes_on = reader.content and reader.begin <= offset <= end
@@ -153,6 +165,16 @@ class Contents:
             return reader.content[offset - reader.begin : offset - reader.begin + length]
         finally:
             reader.lock.release()
+
+    async def _look_for_holes(self, reader: _Reader, node: Inode) -> None:
+        """Ask where a file has data: zeros that are known need no asking. Raises what `ask` raises."""
+        reader.asked = True
+        try:
+            found = await self._ask(node.tree, ranges, "data", node.entry.id)
+        except pyfuse3.FUSEError:
+            return  # too many, or damaged: what is read tells
+        if len(found) <= _DATA_RANGES:
+            reader.data = sorted(found)
 
     def _opened(self, listed: _Listed, number: int) -> None:
         """Note that a file is opened; have the next ones asked for when it is their turn."""
@@ -209,6 +231,13 @@ class Contents:
         while self._kept_bytes > _KEPT_BYTES:
             _, dropped = self._kept.popitem(last=False)
             self._kept_bytes -= len(dropped)
+
+
+def _is_hole(data: list[tuple[int, int]], offset: int, length: int) -> bool:
+    """Tell whether a range has no data; `data` is sorted."""
+    place = bisect_left(data, (offset + length, 0))
+    # what begins before the range's end is data of it, unless it ends before its begin
+    return not place or data[place - 1][0] + data[place - 1][1] <= offset
 
 
 def is_small(entry: Entry) -> bool:

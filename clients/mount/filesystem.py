@@ -20,11 +20,12 @@ import pyfuse3
 import structlog
 
 from clients.blocks import Blocks
-from clients.files.parser import attributes, found_entry, listed, target
+from clients.files.parser import attributes, found_entry, target
 from clients.files.wire import Entry
 from clients.mount.asking import ask, in_thread, told
 from clients.mount.attributes import attributes_of
 from clients.mount.contents import Contents, is_small
+from clients.mount.listings import Listings
 from clients.mount.tree import Directory, Disk, Inode, Node, Text, child, confined, is_directory
 from clients.mount.waiting import waiting
 from clients.patience import Away
@@ -91,6 +92,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         self._next = pyfuse3.ROOT_INODE + 1
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
+        self._listings = Listings(ask)
         self._contents = Contents(ask)
         self.ahead = self._contents.ahead
         """To be run beside the requests: reads files that are likely to be opened."""
@@ -151,7 +153,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
             if reading.complete_at == position:
                 return
             if not reading.begin <= position < reading.begin + len(reading.batch):
-                reading.batch, complete = await ask(tree, listed, "listing", node.entry.id, position)
+                reading.batch, complete = await self._listings.part(tree, node.entry.id, position)
                 reading.begin = position
                 self._contents.listed(tree, node.entry.id, (found for _, found in reading.batch), begin=position == 0)
                 if complete:

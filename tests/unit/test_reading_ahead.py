@@ -3,21 +3,27 @@
 import errno
 import stat
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pyfuse3
 import pytest
 import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clients.files.parser import Parser
 from clients.files.snapshot import FileTree
 from clients.files.wire import Entry, Tree
 from clients.mount.contents import Contents
 from clients.mount.filesystem import SnapshotFilesystem
+from clients.mount.listings import Listings
 from clients.mount.tree import Directory, Inode, Node
 
 TREE = FileTree(Parser([]), 0, Tree((0,), "whole", "ext4"), "")
 DIRECTORY = 2
+MIB = 1 << 20
 
 
 class Asked:
@@ -129,6 +135,76 @@ def test_what_was_asked_for_ahead_is_waited_for_and_not_asked_for_again() -> Non
     trio.run(main)
     assert found == [b"100", b"101", b"102"]
     assert [number for request in asked.requests for number in request].count(102) == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4 * MIB), st.integers(1, MIB)), max_size=6),
+    st.lists(st.tuples(st.integers(0, 9 * MIB), st.integers(1, MIB)), min_size=1, max_size=6),
+)
+@settings(deadline=None)
+def test_holes_read_as_zeros_and_data_as_it_is(pieces: list[tuple[int, int]], reads: list[tuple[int, int]]) -> None:
+    size = 8 * MIB
+    content = bytearray(size)
+    ranges: list[tuple[int, int]] = []
+    end = 0
+    for gap, length in pieces:
+        begin = min(end + gap, size)
+        end = min(begin + length, size)
+        if begin < end:
+            content[begin:end] = b"d" * (end - begin)
+            ranges.append((begin, end - begin))
+    asked: list[tuple[int, int]] = []
+
+    async def ask(tree: FileTree, decode: Callable[[Any], Any], call: str, *arguments: Any) -> Any:
+        if call == "data":
+            return ranges
+        _, offset, length = arguments
+        asked.append((offset, length))
+        return bytes(content[offset : offset + length])
+
+    async def main() -> None:
+        contents = Contents(ask)
+        sparse = Inode(TREE, replace(file(7).entry, size_bytes=size, allocated_bytes=4096), 2, DIRECTORY)
+        for offset, length in reads:
+            assert await contents.part(sparse, offset, length) == content[offset : offset + length]
+
+    trio.run(main)
+    if not ranges:
+        assert not asked
+
+
+def test_a_file_whose_holes_cannot_be_told_is_read() -> None:
+    async def ask(tree: FileTree, decode: Callable[[Any], Any], call: str, *arguments: Any) -> Any:
+        if call == "data":
+            raise pyfuse3.FUSEError(errno.EFBIG)
+        return b"x" * arguments[2]
+
+    async def main() -> None:
+        sparse = Inode(TREE, replace(file(7).entry, size_bytes=8 * MIB, allocated_bytes=0), 2, DIRECTORY)
+        assert await Contents(ask).part(sparse, MIB, 4096) == b"x" * 4096
+
+    trio.run(main)
+
+
+def test_a_directory_is_asked_for_once_and_what_is_kept_is_bounded() -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def ask(tree: FileTree, decode: Callable[[Any], Any], call: str, *arguments: Any) -> Any:
+        asked.append(arguments)
+        return [(b"%d" % number, None) for number in range(1000)], False
+
+    async def main() -> None:
+        listings = Listings(ask)
+        for _ in range(2):
+            for position in range(0, 10_000, 1000):
+                entries, _ = await listings.part(TREE, 2, position)
+                assert len(entries) == 1000
+        assert len(asked) == 10
+        for directory in range(100):
+            await listings.part(TREE, directory, 0)
+        assert sum(len(entries) for entries, _ in listings._kept.values()) <= 20_000
+
+    trio.run(main)
 
 
 def test_a_fault_of_ours_is_an_error_of_one_request() -> None:
