@@ -12,7 +12,8 @@ import stat
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Self
 
@@ -34,12 +35,13 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class FileTree:
-    """One file system of a snapshot, in the parser that reads it."""
+    """One file system of a snapshot, in the parser that reads it; `serial` is no other tree's in this process."""
 
     parser: Parser
     number: int
     tree: Tree
     note: str
+    serial: int = field(default_factory=count().__next__)
 
 
 class OpenSnapshot:

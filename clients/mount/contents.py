@@ -88,7 +88,7 @@ class Contents:
 
     def listed(self, tree: FileTree, directory: int, entries: Iterable[Entry | None], *, begin: bool) -> None:
         """Take note of a directory's entries as they are read; `begin` says that these are its first."""
-        key = (id(tree), directory)
+        key = (tree.serial, directory)
         if begin or key not in self._directories:
             # who read the files of one directory and now reads the next one is likely to read its files too
             self._directories[key] = _Listed(tree, wanted=self._wanted)
@@ -120,8 +120,8 @@ class Contents:
     async def whole(self, node: Inode) -> bytes:
         """Return a small file's content. Raises what `ask` raises."""
         number = node.entry.id
-        key = (id(node.tree), number)
-        listed = self._directories.get((id(node.tree), node.parent))
+        key = (node.tree.serial, number)
+        listed = self._directories.get((node.tree.serial, node.parent))
         if listed and number in listed.places:
             self._opened(listed, number)
         coming = self._coming.get(key)
@@ -141,7 +141,7 @@ class Contents:
 
     async def part(self, node: Inode, offset: int, length: int) -> bytes:
         """Return bytes of a file. Raises what `ask` raises."""
-        key = (id(node.tree), node.entry.id)
+        key = (node.tree.serial, node.entry.id)
         reader = self._readers.setdefault(key, _Reader())
         self._readers.move_to_end(key)
         if len(self._readers) > _READERS:
@@ -195,7 +195,7 @@ class Contents:
 
     async def _fetch(self, listed: _Listed, numbers: list[int], *, now: bool = False) -> bytes | None:
         """Ask for files and keep them; `now`: the first is not kept but returned. Raises what `ask` raises."""
-        keys = [(id(listed.tree), number) for number in numbers]
+        keys = [(listed.tree.serial, number) for number in numbers]
         come = trio.Event()
         self._coming.update(dict.fromkeys(keys, come))
         listed.turn = numbers[len(numbers) // 2] if len(numbers) > 1 else None

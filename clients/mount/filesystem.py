@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -25,12 +25,14 @@ from clients.files.wire import Entry
 from clients.mount.asking import ask, in_thread, told
 from clients.mount.attributes import attributes_of
 from clients.mount.contents import Contents, is_small
+from clients.mount.inodes import Inodes
 from clients.mount.listings import Listings
 from clients.mount.tree import Directory, Disk, Inode, Node, Text, child, confined, is_directory
 from clients.mount.waiting import waiting
 from clients.patience import Away
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Any]])
+_STORED_NOTED = 100_000
 _log = structlog.get_logger()
 
 
@@ -48,22 +50,6 @@ def _answering(handler: H) -> H:
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return answer  # type: ignore[return-value]
-
-
-@dataclass
-class _Known:
-    """An inode that the kernel holds; `lookups` is how often it was told of it.
-
-    `opens` counts who has it open; `stored`: its content was put into the page cache.
-    """
-
-    node: Node
-    key: object
-    lookups: int = 0
-    opens: int = 0
-    stored: bool = False
-    entries: Mapping[bytes, Node] | None = None
-    read_at: float = 0.0
 
 
 @dataclass
@@ -87,9 +73,9 @@ class SnapshotFilesystem(pyfuse3.Operations):
     def __init__(self, root: Directory) -> None:
         """Take the root."""
         super().__init__()
-        self._known: dict[int, _Known] = {pyfuse3.ROOT_INODE: _Known(root, "root", lookups=1)}
-        self._numbers: dict[object, int] = {"root": pyfuse3.ROOT_INODE}
-        self._next = pyfuse3.ROOT_INODE + 1
+        self._inodes = Inodes(root, ask)
+        self._opens: Counter[int] = Counter()
+        self._stored: OrderedDict[int, None] = OrderedDict()
         self._directories: dict[int, _OpenDirectory] = {}
         self._next_handle = 1
         self._listings = Listings(ask)
@@ -103,7 +89,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         """Find a name in a directory."""
         if name == b".":
             return await self.getattr(parent_inode)
-        node = self._node(parent_inode)
+        node = await self._inodes.node(parent_inode)
         if isinstance(node, Inode):
             tree = node.tree
             found = await ask(tree, found_entry, "find", node.entry.id, name)
@@ -112,30 +98,25 @@ class SnapshotFilesystem(pyfuse3.Operations):
             there = (await self._entries(parent_inode)).get(name)
         if there is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        number = self._number(parent_inode, name, there)
-        self._known[number].lookups += 1
+        number = self._inodes.number(parent_inode, name, there)
+        self._inodes.told(number)
         return await attributes_of(number, there)
 
     @_answering
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Tell an inode's attributes."""
-        return await attributes_of(inode, self._node(inode))
+        return await attributes_of(inode, await self._inodes.node(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Let go of what the kernel does not hold any more."""
         for inode, count in inode_list:
-            known = self._known.get(inode)
-            if known is None:
-                continue
-            known.lookups -= count
-            if known.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
-                del self._known[inode]
-                self._numbers.pop(known.key, None)
+            self._inodes.forget(inode, count)
+            self._stored.pop(inode, None)
 
     @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
         """Begin reading a directory."""
-        if not is_directory(self._node(inode)):
+        if not is_directory(await self._inodes.node(inode)):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         handle = self._next_handle
         self._next_handle += 1
@@ -146,7 +127,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Tell entries from a position on, with their attributes."""
         reading = self._directories[fh]
-        node = self._node(reading.inode)
+        node = await self._inodes.node(reading.inode)
         position = start_id
         if isinstance(node, Inode):
             tree = node.tree
@@ -174,12 +155,11 @@ class SnapshotFilesystem(pyfuse3.Operations):
                 return
 
     async def _reply(self, token: pyfuse3.ReaddirToken, parent: int, name: bytes, node: Node, position: int) -> bool:
-        number = self._number(parent, name, node)
+        number = self._inodes.number(parent, name, node)
         if not pyfuse3.readdir_reply(token, name, await attributes_of(number, node, exact=False), position):
-            if not self._known[number].lookups:
-                self._numbers.pop(self._known.pop(number).key, None)
+            self._inodes.forget(number)
             return False
-        self._known[number].lookups += 1
+        self._inodes.told(number)
         return True
 
     async def releasedir(self, fh: int) -> None:
@@ -191,30 +171,34 @@ class SnapshotFilesystem(pyfuse3.Operations):
         """Open for reading."""
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
-        node = self._node(inode)
-        known = self._known[inode]
-        known.opens += 1
-        if isinstance(node, Inode) and is_small(node.entry) and not known.stored and known.opens == 1:
+        node = await self._inodes.node(inode)
+        self._opens[inode] += 1
+        if isinstance(node, Inode) and is_small(node.entry) and inode not in self._stored and self._opens[inode] == 1:
             try:
                 content = await self._contents.whole(node)
             except BaseException:
-                known.opens -= 1
+                self._closed(inode)
                 raise
             # only for the one who opens it: storing waits for reads under way, which wait for us
-            if known.opens == 1 and len(content) == node.entry.size_bytes:
-                known.stored = _store(inode, content)
+            if self._opens[inode] == 1 and len(content) == node.entry.size_bytes and _store(inode, content):
+                self._stored[inode] = None
+                if len(self._stored) > _STORED_NOTED:
+                    self._stored.popitem(last=False)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def release(self, fh: int) -> None:
         """Close."""
-        known = self._known.get(fh)
-        if known:
-            known.opens -= 1
+        self._closed(fh)
+
+    def _closed(self, inode: int) -> None:
+        self._opens[inode] -= 1
+        if self._opens[inode] <= 0:
+            del self._opens[inode]
 
     @_answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read."""
-        node = self._node(fh)
+        node = await self._inodes.node(fh)
         if isinstance(node, Text):
             return node.content[off : off + size]
         if isinstance(node, Disk):
@@ -226,7 +210,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
     @_answering
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """Tell where a link points, within its tree."""
-        node = self._node(inode)
+        node = await self._inodes.node(inode)
         if not isinstance(node, Inode):
             raise pyfuse3.FUSEError(errno.EINVAL)
         return confined(await ask(node.tree, target, "link", node.entry.id), node.depth)
@@ -255,7 +239,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         return answer
 
     async def _xattrs(self, inode: int) -> dict[bytes, bytes | None]:
-        node = self._node(inode)
+        node = await self._inodes.node(inode)
         if not isinstance(node, Inode) or not node.entry.attributed:
             return {}
         # `ls -l` asks for one name after the other
@@ -266,7 +250,7 @@ class SnapshotFilesystem(pyfuse3.Operations):
         return found
 
     async def _entries(self, inode: int) -> Mapping[bytes, Node]:
-        known = self._known[inode]
+        known = self._inodes.kept(inode)
         node = known.node
         if not isinstance(node, Directory):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
@@ -274,26 +258,6 @@ class SnapshotFilesystem(pyfuse3.Operations):
             known.entries = await in_thread(node.list)
             known.read_at = time.monotonic()
         return known.entries
-
-    def _node(self, inode: int) -> Node:
-        try:
-            return self._known[inode].node
-        except KeyError:
-            raise pyfuse3.FUSEError(errno.ESTALE) from None
-
-    def _number(self, parent: int, name: bytes, node: Node) -> int:
-        """Return a node's inode number: hard links share one; symbolic links, whose targets depend on it, do not."""
-        key: object = (parent, name, node.identity if isinstance(node, Directory) else None)
-        if isinstance(node, Inode):
-            shared = not stat.S_ISLNK(node.entry.mode)
-            key = (id(node.tree), node.entry.id) if shared else (id(node.tree), node.entry.id, node.parent)
-        number = self._numbers.get(key)
-        if number is None:
-            number = self._next
-            self._next += 1
-            self._numbers[key] = number
-            self._known[number] = _Known(node, key)
-        return number
 
 
 def _store(inode: int, content: bytes) -> bool:

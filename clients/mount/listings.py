@@ -29,7 +29,7 @@ class Listings:
 
         Raises what `ask` raises.
         """
-        key = (id(tree), directory, position)
+        key = (tree.serial, directory, position)
         found = self._kept.get(key)
         if found is None:
             found = await self._ask(tree, listed, "listing", directory, position)
