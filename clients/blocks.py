@@ -68,14 +68,14 @@ class Blocks(Protocol):
 
 def open_blocks(gateway: Gateway, snapshot: pb.GroupSnapshot, member: pb.Member, cache: PageCache) -> Blocks:
     """Return the blocks of a member of a READY snapshot. Raises GatewayError, OSError."""
-    remote = RemoteBlocks(gateway, snapshot.id, member, cache)
+    remote = RemoteBlocks(gateway, snapshot, member, cache)
     if gateway.endpoint.address.startswith("unix:"):
         if member.local_path and member.format == "raw":
             with suppress(OSError):
                 return _same(FileBlocks.open(member.local_path), remote)
         if member.nbd_uri:
             try:
-                return _same(NbdBlocks(gateway, snapshot.id, member, cache), remote)
+                return _same(NbdBlocks(gateway, snapshot, member, cache), remote)
             except (Away, OSError) as error:
                 _log.warning("not_by_nbd", group_snapshot=snapshot.id, volume=member.volume.volume, error=str(error))
     return remote

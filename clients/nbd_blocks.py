@@ -6,12 +6,15 @@ over a connection of its own, so that the storage works on them at once; holes a
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 
-from clients.gateway import Gateway
+import grpc
+
+from clients.gateway import Gateway, GatewayError
 from clients.nbd import MOST_BYTES, Connection, parse_uri
 from clients.nbd_pool import Connections
 from clients.page_cache import PageCache
@@ -33,15 +36,16 @@ class NbdBlocks:
 
     fetches = False
 
-    def __init__(self, gateway: Gateway, snapshot_id: str, member: pb.Member, cache: PageCache) -> None:
+    def __init__(self, gateway: Gateway, snapshot: pb.GroupSnapshot, member: pb.Member, cache: PageCache) -> None:
         """Connect. Raises Away, OSError."""
         self._gateway = gateway
-        self._snapshot_id = snapshot_id
+        self._snapshot_id = snapshot.id
+        self._cut_time = snapshot.cut_time
         self._volume = member.volume
         self._cache = cache
-        self._key = (member.nbd_uri, "chunks")
+        self._key = (member.nbd_uri, snapshot.cut_time.ToNanoseconds())
         try:
-            self._connections = Connections(*parse_uri(member.nbd_uri))
+            self._connections = Connections(*parse_uri(member.nbd_uri), self._check)
         except ValueError as error:
             raise OSError(str(error)) from None
         self._ahead: OrderedDict[int, Connection] = OrderedDict()
@@ -108,6 +112,23 @@ class NbdBlocks:
             self._ahead.clear()
         for connection in ahead:
             self._connections.drop(connection)
+
+    def _check(self) -> None:
+        """Raise OSError ESTALE when the export is another snapshot's by now, Away when nobody tells.
+
+        Called after connecting: a snapshot that is still the one we mean was it before, and the gateway ends the
+        connections of one that it deletes.
+        """
+        try:
+            there = self._gateway.get(self._snapshot_id).cut_time == self._cut_time
+        except GatewayError as error:
+            if error.status == grpc.StatusCode.UNAVAILABLE:
+                raise Away(str(error)) from error
+            if error.status != grpc.StatusCode.NOT_FOUND:
+                raise OSError(errno.EIO, str(error)) from error
+            there = False
+        if not there:
+            raise OSError(errno.ESTALE, "the snapshot was deleted", self._snapshot_id)
 
     def finished(self, connection: Connection) -> bytes:
         """Return the answer that a connection was asked for, and free it. Raises Away."""

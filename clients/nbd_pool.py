@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from clients.nbd import Connection
 
@@ -12,8 +13,9 @@ MOST = 16
 class Connections:
     """A pool of connections. Thread-safe."""
 
-    def __init__(self, path: str, name: str) -> None:
-        """Take where to connect to; nothing is opened yet."""
+    def __init__(self, path: str, name: str, check: Callable[[], None]) -> None:
+        """Take where to connect to, and what a new connection has to pass; nothing is opened yet."""
+        self._check = check
         self._path = path
         self._name = name
         self._idle: list[Connection] = []
@@ -22,17 +24,26 @@ class Connections:
         self._changed = threading.Condition()
 
     def take(self) -> Connection:
-        """Return a connection for one request, waited for when all are busy. Raises Away, OSError."""
+        """Return a connection for one request, waited for when all are busy.
+
+        Raises Away, OSError, also what the check of a new one raises.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._idle or self._made < MOST)
             if self._idle:
                 return self._idle.pop()
             self._made += 1
         try:
-            return Connection(self._path, self._name)
+            connection = Connection(self._path, self._name)
         except BaseException:
             self._forget()
             raise
+        try:
+            self._check()
+        except BaseException:
+            self.drop(connection)
+            raise
+        return connection
 
     def take_idle(self) -> Connection | None:
         """Return a connection that is there and free, or None."""

@@ -52,14 +52,15 @@ class RemoteBlocks:
 
     fetches = False
 
-    def __init__(self, gateway: Gateway, snapshot_id: str, member: pb.Member, cache: PageCache) -> None:
+    def __init__(self, gateway: Gateway, snapshot: pb.GroupSnapshot, member: pb.Member, cache: PageCache) -> None:
         """Take the member; nothing is asked for yet."""
         self.size_bytes = member.size_bytes
         self._gateway = gateway
-        self._snapshot_id = snapshot_id
+        self._snapshot_id = snapshot.id
+        self._cut_time = snapshot.cut_time
         self._volume = member.volume
         self._cache = cache
-        self._key = (snapshot_id, member.volume.pool, member.volume.volume)
+        self._key = (snapshot.id, snapshot.cut_time.ToNanoseconds(), member.volume.pool, member.volume.volume)
         self._streams: list[_Stream] = []
         self._expected: OrderedDict[int, None] = OrderedDict()
         self._allocated: int | None = None
@@ -121,7 +122,8 @@ class RemoteBlocks:
             self._streams.clear()
             if error.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
                 raise Away(str(error)) from error
-            raise OSError(errno.EIO, str(error)) from error
+            gone = error.status == grpc.StatusCode.NOT_FOUND
+            raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
 
     def _pages(self, first: int, last: int) -> Iterator[bytes]:
         for number in range(first, last + 1):
@@ -181,7 +183,9 @@ class RemoteBlocks:
         return wanted
 
     def _ask(self, offset: int, length: int) -> Iterator[rpc.ReadBlocksResponse]:
-        request = rpc.ReadBlocksRequest(id=self._snapshot_id, volume=self._volume, offset=offset, length=length)
+        request = rpc.ReadBlocksRequest(
+            id=self._snapshot_id, volume=self._volume, offset=offset, length=length, cut_time=self._cut_time
+        )
         return _whole_pages(self._gateway.stream("ReadBlocks", request), offset, offset + length)
 
 

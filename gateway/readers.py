@@ -1,7 +1,8 @@
 """Members kept open between reads: opening one may start a qemu-nbd or open an image in a cluster.
 
 A reader is lent to one call at a time. It comes back only from calls that ended well, is closed when nobody wanted
-it for IDLE_S, and before its snapshot is deleted. Who has readers of his own for longer (an NBD connection) says so
+it for IDLE_S, and before its snapshot is deleted; one that is lent then does not come back, as another snapshot may get
+the id. Who has readers of his own for longer (an NBD connection) says so
 by a Hold, and is asked to end then.
 """
 
@@ -38,12 +39,21 @@ class Hold:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(eq=False)
+class _Lent:
+    """A call that has a reader; `forgotten` when its snapshot was deleted meanwhile."""
+
+    group_id: str
+    forgotten: bool = False
+
+
 @dataclass
 class Readers:
     """The idle readers of a gateway. All of it belongs to the event loop."""
 
     timeout_s: float
     _idle: dict[Key, list[_Idle]] = field(default_factory=dict)
+    _lent: set[_Lent] = field(default_factory=set)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
     _holds: dict[str, set[Hold]] = field(default_factory=dict)
 
@@ -51,24 +61,33 @@ class Readers:
     async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[BlockReader]:
         """Give a reader of a member. Raises what the provider's open() raises, TimedOut."""
         key = (pool.name, group_id, volume)
-        waiting = self._idle.get(key)
-        if waiting:
-            idle = waiting.pop()
-            idle.closing.cancel()
-            reader = idle.reader
-        else:
-            reader = await pool.reader(group_id, volume)
+        lent = _Lent(group_id)
+        # before there is a reader: a deletion that begins while it is opened finds us
+        self._lent.add(lent)
         try:
-            yield reader
-        except BaseException:
-            # a thread may still be in there, or the storage is away: not for the next one
-            await pool.read.run(self.timeout_s, reader.close)
-            raise
-        if sum(map(len, self._idle.values())) >= _MOST_IDLE:
+            reader = await self._taken(key, pool)
+            try:
+                yield reader
+            except BaseException:
+                # a thread may still be in there, or the storage is away: not for the next one
+                await pool.read.run(self.timeout_s, reader.close)
+                raise
+        finally:
+            self._lent.discard(lent)
+        if lent.forgotten or sum(map(len, self._idle.values())) >= _MOST_IDLE:
             await pool.read.run(self.timeout_s, reader.close)
             return
         closing = asyncio.get_running_loop().call_later(IDLE_S, self._expired, key, reader)
         self._idle.setdefault(key, []).append(_Idle(pool, reader, closing))
+
+    async def _taken(self, key: Key, pool: Pool) -> BlockReader:
+        """Return an idle reader, or a new one."""
+        if waiting := self._idle.get(key):
+            idle = waiting.pop()
+            idle.closing.cancel()
+            return idle.reader
+        _, group_id, volume = key
+        return await pool.reader(group_id, volume)
 
     def borrowed(self, group_id: str, hold: Hold) -> None:
         """Note somebody who has readers of his own of a group snapshot, or will have."""
@@ -87,6 +106,8 @@ class Readers:
 
         Does not wait longer than the deadline for those who hang in a storage.
         """
+        for lent in self._lent:
+            lent.forgotten = lent.forgotten or group_id in (None, lent.group_id)
         holds = [hold for key, some in self._holds.items() if group_id in (None, key) for hold in some]
         for hold in holds:
             hold.end()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Generator, Iterator
 from itertools import islice
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
-from gateway import states
+from gateway import states, taking
 from gateway.errors import BadInput, Refused
 from gateway.groups import Core
 from gateway.journal import Group
@@ -27,6 +29,9 @@ async def read_blocks(
     """
     pool = readable(core, group, request.volume)
     async with core.readers.lend(pool, group.id, request.volume.volume) as reader:
+        if request.HasField("cut_time"):
+            # after there is a reader: it is of this one, or of one before
+            check_cut_time(await taking.found(core, group.id), request.cut_time)
         if request.offset > reader.size_bytes:
             raise BadInput([("offset", f"is beyond the end, {reader.size_bytes}")])
         length = request.length or reader.size_bytes - request.offset
@@ -69,6 +74,16 @@ async def changed_extents(
     finally:
         if isinstance(extents, Generator):
             await pool.read.run(core.limits.call_timeout_s, extents.close)
+
+
+def check_cut_time(group: Group, cut_time: Timestamp) -> None:
+    """Raise Refused GROUP_SNAPSHOT_NOT_FOUND unless a group snapshot is the one that was cut then."""
+    if group.snapshot.cut_time != cut_time:
+        raise Refused(
+            "GROUP_SNAPSHOT_NOT_FOUND",
+            f"group snapshot {group.id} is not the one that was cut at {cut_time.ToJsonString()}: that was deleted",
+            group_snapshot=group.id,
+        )
 
 
 def readable(core: Core, group: Group, volume: volume_pb2.VolumeRef) -> Pool:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,32 @@ def mounted(images: Images, *words: str | Path) -> Iterator[Path]:
     finally:
         images.cli("umount", "--lazy", directory)
         serving.wait(120)  # it has the members open until then
+
+
+@contextmanager
+def over_tcp(images: Images) -> Iterator[str]:
+    """The gateway's address as seen from another host: a port that leads to its unix socket."""
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                target.sendall(content)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listening.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(images.gateway.address.removeprefix("unix:"))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

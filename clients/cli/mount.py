@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, NoReturn
@@ -58,11 +60,17 @@ def mount(
     """
     if every and directory:
         raise Refusal("--all takes one argument, the directory", USAGE)
-    where = Path(target if every else directory or target).absolute()
-    _check_directory(where)
+    where = Path(target if every else directory or target).resolve()
     key = passphrase(key_file)
+    made = _check_directory(where)
     ready = (lambda: _say_ready(where)) if foreground else _in_background(where)
-    _mount(where, None if every else target, allow_other, key, ready)
+    try:
+        _mount(where, None if every else target, allow_other, key, ready)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # somebody uses it by now
+                where.rmdir()
+        raise
 
 
 @command
@@ -77,17 +85,20 @@ def umount(
     mounted = daemon.mounts()
     if every == bool(directory):
         raise Refusal("name the directory, or say --all", USAGE)
-    chosen = mounted if every else [Path(directory or "").absolute()]
+    chosen = mounted if every else [Path(directory or "").resolve()]
     if not every and chosen[0] not in mounted:
         there = ", ".join(map(str, mounted)) or "none is"
         raise Refusal(f"{chosen[0]} is no mounted snapshot; mounted: {there}", NOT_FOUND)
+    failed = {}
     for path in chosen:
         try:
             daemon.unmount(path, lazy=lazy)
         except daemon.MountFailed as error:
-            raise Refusal(str(error), REFUSED) from None
+            failed[path] = str(error)
     if session.json:
-        print_json({"unmounted": [str(path) for path in chosen]})
+        print_json({"unmounted": [str(path) for path in chosen if path not in failed]})
+    if failed:
+        raise Refusal("; ".join(failed.values()), REFUSED)
 
 
 def passphrase(key_file: Path | None) -> str | None:
@@ -150,6 +161,7 @@ def _in_background(where: Path) -> Callable[[], None]:
         _wait_for(child, read, where, Path(log.name))
     os.close(read)
     os.setsid()
+    atexit.register(_remove_empty, Path(log.name))
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
@@ -163,14 +175,22 @@ def _in_background(where: Path) -> Callable[[], None]:
     return ready
 
 
+def _remove_empty(log: Path) -> None:
+    """Remove the log of a mount that had nothing to say."""
+    with suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 def _wait_for(child: int, read: int, where: Path, log: Path) -> NoReturn:
     """Wait until a process has mounted or has ended, say so, and end. Raises Refusal, Exit."""
     with os.fdopen(read) as pipe:
         ready = pipe.read() == _READY
     if not ready:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(log.read_text(errors="replace").strip() or f"error: the mount ended with code {code}", file=sys.stderr)
-        log.unlink()
+        words = log.read_text(errors="replace").strip() if log.exists() else ""
+        print(words or f"error: the mount ended with code {code}", file=sys.stderr)
+        log.unlink(missing_ok=True)
         raise typer.Exit(code if code > 0 else FAILED)
     if session.json:
         print_json({"mounted": str(where), "pid": child, "log": str(log)})
@@ -179,14 +199,17 @@ def _wait_for(child: int, read: int, where: Path, log: Path) -> NoReturn:
     raise typer.Exit(OK)
 
 
-def _check_directory(where: Path) -> None:
+def _check_directory(where: Path) -> bool:
+    """Make a directory if need be; return whether it was. Raises Refusal."""
     try:
+        made = not where.exists()
         where.mkdir(parents=True, exist_ok=True)
         if any(where.iterdir()):
             raise Refusal(f"{where} is not empty", REFUSED)
     except OSError as error:
         hint = "; a mount whose server was killed? See `frostgate umount`" if error.errno == 107 else ""
         raise Refusal(f"{where}: {error.strerror}{hint}", REFUSED) from None
+    return made
 
 
 def _daemon() -> ModuleType:

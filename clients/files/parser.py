@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,7 @@ from clients.blocks import Blocks
 from clients.files import wire
 
 ANSWER_TIMEOUT_S = 60.0
+_MOST_ALIVE = 32
 _LONGEST_LINK = 4095
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -28,7 +30,8 @@ _log = structlog.get_logger()
 class Parser:
     """The file systems on some disks. One request at a time; a lock sees to it.
 
-    A parser that dies or hangs costs the request that it was at (OSError EIO); the next one meets a new parser.
+    A parser that dies or hangs costs the request that it was at (OSError EIO); the next one meets a new parser. So
+    does who comes back to one that was ended because others were wanted: no more than _MOST_ALIVE are kept.
     """
 
     def __init__(self, disks: Sequence[Blocks], passphrase: str | None = None) -> None:
@@ -38,6 +41,7 @@ class Parser:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._request = ""
+        self._closed = False
         self.lock = threading.Lock()
 
     @property
@@ -104,8 +108,11 @@ class Parser:
         Raises OSError.
         """
         self._request = str(request[0])
+        if self._closed:
+            raise OSError(errno.ESTALE, "the snapshot was closed")
         try:
             control = self._control or self._start()
+            self._make_room()
             wire.send(control, list(request))
         except wire.Closed as error:
             raise self._died(error) from None
@@ -128,9 +135,25 @@ class Parser:
         self._end()
 
     def close(self) -> None:
-        """End the process; may be called twice."""
+        """End the process, for good; may be called twice."""
         with self.lock:
+            self._closed = True
             self._end()
+
+    def _make_room(self) -> None:
+        """Be the one used last; end those that were not used for longest when there are too many."""
+        with _alive_lock:
+            _alive[self] = None
+            _alive.move_to_end(self)
+            if len(_alive) <= _MOST_ALIVE:
+                return
+            others = list(_alive)[: len(_alive) - _MOST_ALIVE]
+        for other in others:
+            if other.lock.acquire(blocking=False):
+                try:
+                    other._end()
+                finally:
+                    other.lock.release()
 
     def _died(self, error: Exception) -> OSError:
         self._end()
@@ -166,6 +189,8 @@ class Parser:
         return control
 
     def _end(self) -> None:
+        with _alive_lock:
+            _alive.pop(self, None)
         if self._control:
             self._control.close()
             self._control = None
@@ -174,6 +199,10 @@ class Parser:
                 self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+_alive: OrderedDict[Parser, None] = OrderedDict()
+_alive_lock = threading.Lock()
 
 
 def _serve_blocks(asked: socket.socket, disks: Sequence[Blocks]) -> None:

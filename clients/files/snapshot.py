@@ -51,11 +51,16 @@ class OpenSnapshot:
     disks that share an LVM volume group share a parser.
     """
 
-    def __init__(self, gateway: Gateway, snapshot_id: str, passphrase: str | None = None) -> None:
-        """Look the snapshot up. Raises GatewayError, also STATE_INVALID when it is not READY."""
+    def __init__(
+        self, gateway: Gateway, snapshot_id: str, passphrase: str | None = None, cache: PageCache | None = None
+    ) -> None:
+        """Look the snapshot up; it has a cache of its own if none is given.
+
+        Raises GatewayError, also STATE_INVALID when it is not READY.
+        """
         self.group = gateway.get(snapshot_id)
         check_readable(self.group)
-        cache = PageCache()
+        cache = cache or PageCache()
         self.names = member_names(self.group)
         self.disks = [open_blocks(gateway, self.group, member, cache) for member in self.group.members]
         self._passphrase = passphrase

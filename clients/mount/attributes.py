@@ -22,7 +22,8 @@ async def attributes_of(number: int, node: Node, *, exact: bool = True) -> pyfus
     answer.st_ino = number
     answer.attr_timeout = answer.entry_timeout = FOREVER_S
     answer.st_blksize = 65536
-    answer.st_uid = answer.st_gid = 0
+    # what is ours belongs to who mounted, who reads it with the rights that he has at the gateway
+    answer.st_uid, answer.st_gid = os.geteuid(), os.getegid()
     if isinstance(node, Inode):
         entry = node.entry
         answer.st_mode, answer.st_nlink = entry.mode, entry.links

@@ -7,6 +7,7 @@ too) over its place in disks/, when we are root: then the kernel reads it, at it
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def serve(
     }
     if allow_other:
         options.add("allow_other")
+    # a disk and its parser have a few each, and --all has very many
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     filesystem = SnapshotFilesystem(root)
     waiting.install()
     try:
@@ -158,7 +162,8 @@ def unmount(directory: Path, *, lazy: bool = False) -> None:
             words = ["fusermount3", "-u", *(["-z"] if lazy else []), str(path)]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise MountFailed(f"{done.stderr.strip() or path}: stop what uses it, or say --lazy")
+            why = done.stderr.strip() or str(path)
+            raise MountFailed(f"{why}: stop what uses it, or say --lazy" if "busy" in why else why)
 
 
 def _is_mounted(directory: Path) -> bool:

@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
@@ -143,8 +144,10 @@ class SnapshotFilesystem(pyfuse3.Operations):
                 position += 1
                 if found is None:
                     _log.warning("entry_damaged", name=os.fsdecode(name))
-                elif not await self._reply(token, reading.inode, name, child(node, found), position):
-                    return
+                    continue
+                with suppress(pyfuse3.FUSEError):  # in the log; who looks at it by its name is told
+                    if not await self._reply(token, reading.inode, name, child(node, found), position):
+                        return
             return
         if start_id == 0:
             reading.entries = await self._entries(reading.inode)

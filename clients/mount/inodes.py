@@ -8,6 +8,7 @@ ours is kept until the kernel forgets it.
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,10 +17,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import pyfuse3
+import structlog
 
 from clients.files import wire
 from clients.files.snapshot import FileTree
 from clients.mount.tree import Directory, Inode, Node
+
+_log = structlog.get_logger()
 
 _FILE_BITS = 48
 _MOST_TREES = 1 << 15
@@ -50,7 +54,11 @@ class Inodes:
         self._files: OrderedDict[int, Inode] = OrderedDict()
 
     def number(self, parent: int, name: bytes, node: Node) -> int:
-        """Return a node's number: hard links share one; symbolic links, whose targets depend on it, do not."""
+        """Return a node's number: hard links share one; symbolic links, whose targets depend on it, do not.
+
+        Raises FUSEError EIO for a directory that lies in two places: links in it would lead to two places as well,
+        one of them outside the tree.
+        """
         key: object = (parent, name, node.identity if isinstance(node, Directory) else None)
         if isinstance(node, Inode):
             tree, entry = node.tree, node.entry
@@ -62,6 +70,11 @@ class Inodes:
                 return number
             key = (tree.serial, entry.id, node.parent if stat.S_ISLNK(entry.mode) else None)
         found = self._numbers.get(key)
+        if found is not None and isinstance(node, Inode):
+            before = self._known[found].node
+            if not isinstance(before, Inode) or before.parent != node.parent:
+                _log.warning("directory_twice", partition=node.tree.tree.name, name=os.fsdecode(name))
+                raise pyfuse3.FUSEError(errno.EIO)
         if found is None:
             found = self._next
             self._next += 1

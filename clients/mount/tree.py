@@ -20,6 +20,7 @@ from clients.blocks import Blocks
 from clients.files.snapshot import READABLE, FileTree, OpenSnapshot
 from clients.files.wire import Entry
 from clients.gateway import Gateway, GatewayError
+from clients.page_cache import PageCache
 from clients.patience import Away, patiently
 from frostgate.v1 import group_snapshot_pb2 as pb
 
@@ -129,6 +130,7 @@ class Everything:
 
     gateway: Gateway
     passphrase: str | None = None
+    _cache: PageCache = field(default_factory=PageCache)
     _open: dict[str, OpenSnapshot] = field(default_factory=dict)
     _vms: dict[str, dict[str, int]] = field(default_factory=dict)
     _looked_at: float = -LOOK_AGAIN_S
@@ -175,7 +177,7 @@ class Everything:
     def _snapshot(self, snapshot_id: str, identity: int) -> Mapping[bytes, Node]:
         with self._lock:
             if snapshot_id not in self._open:
-                opening = partial(OpenSnapshot, self.gateway, snapshot_id, self.passphrase)
+                opening = partial(OpenSnapshot, self.gateway, snapshot_id, self.passphrase, self._cache)
                 self._open[snapshot_id] = patiently(partial(_answered, opening), snapshot_id)
             opened = self._open[snapshot_id]
             if _identity(opened.group) != identity:

@@ -1,9 +1,11 @@
 """Reading members: bytes, ranges and extents, against qemu-img and the kernel."""
 
+import contextlib
 import hashlib
 import subprocess
 from pathlib import Path
 
+import grpc
 import pytest
 
 from frostgate.v1 import snapshot_provider_pb2 as rpc
@@ -40,6 +42,36 @@ def test_ranges_beyond_the_end_are_refused(bench: Bench, offset: int, length: in
     with refused("INVALID_ARGUMENT") as caught:
         bench.read(group, volume, offset, length)
     assert violations_of(caught.value) == [field]
+
+
+def test_what_is_read_is_of_the_snapshot_that_is_meant(bench: Bench) -> None:
+    volume, group = bench.volume(4 * MIB), bench.id()
+    bench.storage.write(volume, 0, b"1" * MIB)
+    first = bench.take(group, volume)
+    request = rpc.ReadBlocksRequest(id=group, volume=bench.ref(volume), length=MIB, cut_time=first.cut_time)
+    assert b"".join(part.data for part in bench.stub.ReadBlocks(request)) == b"1" * MIB
+    bench.delete(group)
+    bench.storage.write(volume, 0, b"2" * MIB)
+    second = bench.take(group, volume)
+    with refused("GROUP_SNAPSHOT_NOT_FOUND"):
+        list(bench.stub.ReadBlocks(request))
+    request.cut_time.CopyFrom(second.cut_time)
+    assert b"".join(part.data for part in bench.stub.ReadBlocks(request)) == b"2" * MIB
+
+
+def test_a_reader_lent_while_its_snapshot_is_deleted_reads_for_nobody_else(bench: Bench) -> None:
+    volume, group = bench.volume(16 * MIB), bench.id()
+    bench.storage.write(volume, 0, b"1" * 16 * MIB)
+    bench.take(group, volume)
+    stream = bench.stub.ReadBlocks(rpc.ReadBlocksRequest(id=group, volume=bench.ref(volume)))
+    assert next(stream).data[:1] == b"1"
+    bench.delete(group)
+    bench.storage.write(volume, 0, b"2" * 16 * MIB)
+    bench.take(group, volume)
+    with contextlib.suppress(grpc.RpcError):  # it ends well or not; its reader is not used again
+        for part in stream:
+            assert set(part.data) <= {ord("1")}
+    assert bench.read(group, volume) == b"2" * 16 * MIB
 
 
 def test_zeros_come_as_lengths(bench: Bench) -> None:

@@ -1,10 +1,13 @@
 """Mounts against the kernel's own mount of the same image; and everything that can go wrong."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +18,11 @@ import pytest
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
+from tests.gateway_process import FROSTGATE
 from tests.lab.disk import allocated_ranges, sha256
 from tests.lab.filesystems import unmount
 from tests.lab.images import POSIX, Kind, crowd, described, make_image
-from tests.mounting import MIB, Images, comparable, image_pool, kernel, mounted, taken
+from tests.mounting import MIB, Images, comparable, image_pool, kernel, mounted, over_tcp, parsers_of, taken
 
 FILES = 1000
 CROWD = 100_000
@@ -196,6 +200,83 @@ def test_all_waits_for_a_gateway_that_is_started_again(images: Images, snapshot:
             images.gateway.start()
         told, _ = began.communicate(timeout=100)
         assert told.split()[0] == sha256(images.pool / "noise.raw")
+
+
+@pytest.mark.parametrize("way", ["nbd", "tcp"])
+def test_a_mount_never_shows_bytes_of_another_snapshot_with_its_id(images: Images, way: str) -> None:
+    first, second = os.urandom(32 * MIB), os.urandom(32 * MIB)
+    member = images.pool / "changing.qcow2"
+
+    def write(content: bytes) -> None:
+        plain = images.scratch / "plain"
+        plain.write_bytes(content)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", plain, member], check=True)
+
+    write(first)
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(over_tcp(images)) if way == "tcp" else images.gateway.address
+        stack.enter_context(taken(images, "changing", member.name))
+        directory = stack.enter_context(mounted(images, "changing", "--address", address))
+        with (directory / "disks" / "changing.qcow2.raw").open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), MIB, 0) == first[:MIB]
+            images.cli("snapshot", "delete", "changing", "--yes", check=True)
+            write(second)
+            images.cli("snapshot", "create", "changing", f"p/{member.name}", check=True)
+            errors = set()
+            for offset in range(0, 32 * MIB, 4096 * 37):
+                try:
+                    assert os.pread(file.fileno(), 4096, offset) == first[offset : offset + 4096]
+                except OSError as error:
+                    errors.add(error.errno)
+            # a stream that was under way goes on to its end
+            assert errors == {errno.ESTALE} or (way == "tcp" and not errors)
+    member.unlink()
+
+
+def test_very_many_snapshots_looked_at_take_few_processes(images: Images) -> None:
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(taken(images, f"many-{number}", "ext2.raw")) for number in range(40)]
+        directory = stack.enter_context(mounted(images, "--all"))
+        for _ in range(2):
+            for name in many:
+                assert os.listdir(directory / "no-vm" / name / "files" / "ext2.raw" / "whole")
+            assert len(parsers_of(directory)) <= 32
+
+
+def test_nobody_needs_to_be_root(images: Images, snapshot: str) -> None:
+    user = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
+    where = Path(tempfile.mkdtemp(prefix="frostgate-user-"))
+    shutil.chown(where, "nobody", "nogroup")
+    with over_tcp(images) as address:
+        words = [FROSTGATE, "mount", snapshot, where / "m", "--address", address, "--output", "json"]
+        environment = {**images.gateway.environment, "HOME": str(where), "TMPDIR": str(where)}
+        told = subprocess.run([*user, *words], env=environment, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stderr
+        serving = psutil.Process(json.loads(told.stdout)["pid"])
+        try:
+            command = [*user, "sha256sum", where / "m" / "disks" / "noise.raw.raw"]
+            seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert seen.split()[0] == sha256(images.pool / "noise.raw")
+        finally:
+            subprocess.run([*user, FROSTGATE, "umount", where / "m"], env=environment, check=True)
+            serving.wait(60)
+    assert [path.name for path in where.iterdir()] == ["m"]  # no log: there was nothing to say
+
+
+def test_a_mount_is_found_again_by_any_of_its_names(images: Images, snapshot: str) -> None:
+    real, link = images.scratch / "real", images.scratch / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for mounting, unmounting in ((link / "x", real / "x"), (real / ".." / "real" / "x", link / "x")):
+        images.cli("mount", snapshot, mounting, check=True)
+        images.cli("umount", unmounting, check=True)
+    assert str(real) not in Path("/proc/self/mounts").read_text()
+
+
+def test_a_mount_that_fails_leaves_no_directory(images: Images) -> None:
+    for words in (["--foreground"], []):
+        assert images.cli("mount", "nosuch", images.scratch / "unmade", *words).returncode == 3
+        assert not (images.scratch / "unmade").exists()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -128,6 +128,27 @@ def test_a_directory_within_itself_and_impossible_sizes_end(images: Images) -> N
     image.unlink()
 
 
+def test_a_directory_in_two_places_lets_no_link_out(images: Images) -> None:
+    image = copied(images, "ext4", "twice.raw")
+    deep = "/a" + "/d" * 20
+    steps = [f"mkdir {deep[: 2 * number]}" for number in range(1, 22)]
+    script = [*steps, f"symlink {deep}/x {'../' * 21}etc/passwd", "mkdir /z", f"ln {deep} /z/short"]
+    subprocess.run(
+        ["debugfs", "-w", "-f", "-", image], input="\n".join(script), text=True, check=True, capture_output=True
+    )
+    with taken(images, "twice", "twice.raw"), mounted(images, "twice") as directory:
+        root = directory / "files" / "twice.raw" / "whole"
+        out = images.scratch / "twice"
+        subprocess.run(["cp", "-rL", root / "a", out], capture_output=True, check=False)
+        subprocess.run(["cp", "-rL", root / "z", out / "z"], capture_output=True, check=False)
+        assert Path("/etc/passwd").read_bytes() not in [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+        with pytest.raises(OSError) as refused:
+            (root / "z" / "short" / "x").read_bytes()
+        assert refused.value.errno == errno.EIO
+        assert os.readlink(root / deep[1:] / "x") == "../" * 20 + "../etc/passwd"
+    image.unlink()
+
+
 def test_a_mount_gives_no_rights(images: Images) -> None:
     with taken(images, "rights", "ext4.raw"), mounted(images, "rights") as directory:
         table = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]

@@ -64,12 +64,22 @@ def test_very_many_files_are_told_of_rightly_and_few_are_kept() -> None:
 def test_hard_links_share_a_number_and_symbolic_links_in_other_directories_do_not() -> None:
     inodes = Inodes(ROOT, Asked())
     one = tree()
-    for entry, numbers in ((FILE, 1), (LINK, 2), (DIRECTORY, 1)):
+    for entry, numbers in ((FILE, 1), (LINK, 2)):
         found = {
             inodes.number(parent, name, Inode(one, entry, 3, parent))
             for parent, name in ((5, b"a"), (6, b"b"), (5, b"c"))
         }
         assert len(found) == numbers
+
+
+def test_a_directory_has_one_place() -> None:
+    inodes = Inodes(ROOT, Asked())
+    one = tree()
+    number = inodes.number(5, b"a", Inode(one, DIRECTORY, 3, 20))
+    assert inodes.number(5, b"a", Inode(one, DIRECTORY, 3, 20)) == number
+    with pytest.raises(pyfuse3.FUSEError) as failed:
+        inodes.number(6, b"b", Inode(one, DIRECTORY, 4, 21))
+    assert failed.value.errno == errno.EIO
 
 
 def test_trees_do_not_share_numbers() -> None:
