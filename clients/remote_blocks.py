@@ -122,7 +122,8 @@ class RemoteBlocks:
             self._streams.clear()
             if error.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
                 raise Away(str(error)) from error
-            gone = error.status == grpc.StatusCode.NOT_FOUND
+            # it was READY when we began
+            gone = error.status == grpc.StatusCode.NOT_FOUND or error.reason == "STATE_INVALID"
             raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
 
     def _pages(self, first: int, last: int) -> Iterator[bytes]:

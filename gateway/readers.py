@@ -1,8 +1,8 @@
 """Members kept open between reads: opening one may start a qemu-nbd or open an image in a cluster.
 
 A reader is lent to one call at a time. It comes back only from calls that ended well, is closed when nobody wanted
-it for IDLE_S, and before its snapshot is deleted; one that is lent then does not come back, as another snapshot may get
-the id. Who has readers of his own for longer (an NBD connection) says so
+it for IDLE_S, and before its snapshot is deleted. One that is lent then is taken away: a storage may read on, and give
+what the volume has now. Who has readers of his own for longer (an NBD connection) says so
 by a Hold, and is asked to end then.
 """
 
@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from gateway import states
+from gateway.errors import Refused
 from gateway.pools import Pool
-from providers.base import BlockReader
+from providers.base import BlockReader, PoolUnavailable
+
+T = TypeVar("T")
 
 IDLE_S = 5.0
 _MOST_IDLE = 32
@@ -39,12 +44,69 @@ class Hold:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(eq=False)
-class _Lent:
-    """A call that has a reader; `forgotten` when its snapshot was deleted meanwhile."""
+class Lent:
+    """A reader for one call. All of it belongs to the event loop."""
 
-    group_id: str
-    forgotten: bool = False
+    def __init__(self, pool: Pool, group_id: str, timeout_s: float) -> None:
+        """Begin without a reader; `timeout_s` is for closing it, and for waiting for who is in there."""
+        self.group_id = group_id
+        self.size_bytes = 0
+        self.forgotten = False
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._reader: BlockReader | None = None
+        self._unused = asyncio.Event()
+
+    async def run(self, timeout_s: float | None, verb: Callable[[BlockReader], T]) -> T:
+        """Do something with the reader in a thread.
+
+        Raises what it raises, TimedOut, and Refused STATE_INVALID when the snapshot is being deleted.
+        """
+        loop = asyncio.get_running_loop()
+        reader = self._reader
+        if self.forgotten or reader is None:
+            raise deleted(self.group_id)
+
+        def work() -> T:
+            try:
+                return verb(reader)
+            finally:
+                # also when nobody waits for us any more
+                loop.call_soon_threadsafe(self._unused.set)
+
+        self._unused.clear()
+        try:
+            found = await self._pool.read.run(timeout_s, work)
+        except PoolUnavailable:
+            self._unused.set()  # it may not have come to a thread
+            raise
+        if self.forgotten:
+            raise deleted(self.group_id)
+        return found
+
+    def give(self, reader: BlockReader) -> None:
+        """Take the reader."""
+        self._reader = reader
+        self.size_bytes = reader.size_bytes
+        self._unused.set()
+
+    def keep(self) -> BlockReader | None:
+        """Return the reader, which is not ours any more, or None when it was taken away."""
+        reader, self._reader = self._reader, None
+        return reader
+
+    async def take_away(self) -> None:
+        """Have the call fail, wait for who is in the reader, within the deadline, and close it."""
+        self.forgotten = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._unused.wait(), self._timeout_s)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the reader, if there is one."""
+        self._unused.set()
+        if reader := self.keep():
+            await self._pool.read.run(self._timeout_s, reader.close)
 
 
 @dataclass
@@ -53,32 +115,31 @@ class Readers:
 
     timeout_s: float
     _idle: dict[Key, list[_Idle]] = field(default_factory=dict)
-    _lent: set[_Lent] = field(default_factory=set)
+    _lent: set[Lent] = field(default_factory=set)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
     _holds: dict[str, set[Hold]] = field(default_factory=dict)
 
     @asynccontextmanager
-    async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[BlockReader]:
-        """Give a reader of a member. Raises what the provider's open() raises, TimedOut."""
+    async def lend(self, pool: Pool, group_id: str, volume: str) -> AsyncIterator[Lent]:
+        """Give a reader of a member. Raises what the provider's open() raises, TimedOut, Refused."""
         key = (pool.name, group_id, volume)
-        lent = _Lent(group_id)
+        lent = Lent(pool, group_id, self.timeout_s)
         # before there is a reader: a deletion that begins while it is opened finds us
         self._lent.add(lent)
         try:
-            reader = await self._taken(key, pool)
-            try:
-                yield reader
-            except BaseException:
-                # a thread may still be in there, or the storage is away: not for the next one
-                await pool.read.run(self.timeout_s, reader.close)
-                raise
+            lent.give(await self._taken(key, pool))
+            yield lent
+        except BaseException:
+            # a thread may still be in there, or the storage is away: not for the next one
+            await lent.close()
+            raise
         finally:
             self._lent.discard(lent)
         if lent.forgotten or sum(map(len, self._idle.values())) >= _MOST_IDLE:
-            await pool.read.run(self.timeout_s, reader.close)
-            return
-        closing = asyncio.get_running_loop().call_later(IDLE_S, self._expired, key, reader)
-        self._idle.setdefault(key, []).append(_Idle(pool, reader, closing))
+            await lent.close()
+        elif reader := lent.keep():
+            closing = asyncio.get_running_loop().call_later(IDLE_S, self._expired, key, reader)
+            self._idle.setdefault(key, []).append(_Idle(pool, reader, closing))
 
     async def _taken(self, key: Key, pool: Pool) -> BlockReader:
         """Return an idle reader, or a new one."""
@@ -102,12 +163,11 @@ class Readers:
             self._holds.pop(group_id, None)
 
     async def forget(self, group_id: str | None = None) -> None:
-        """Close the idle readers of a group snapshot, or all, and end whoever holds some.
+        """Close the readers of a group snapshot, or all: the idle ones, the lent ones, and those that somebody holds.
 
         Does not wait longer than the deadline for those who hang in a storage.
         """
-        for lent in self._lent:
-            lent.forgotten = lent.forgotten or group_id in (None, lent.group_id)
+        await asyncio.gather(*(lent.take_away() for lent in self._lent if group_id in (None, lent.group_id)))
         holds = [hold for key, some in self._holds.items() if group_id in (None, key) for hold in some]
         for hold in holds:
             hold.end()
@@ -130,3 +190,13 @@ class Readers:
             task.add_done_callback(self._closing.discard)
         if not left:
             self._idle.pop(key, None)
+
+
+def deleted(group_id: str) -> Refused:
+    """Return the error for who reads a group snapshot that is being deleted."""
+    return Refused(
+        "STATE_INVALID",
+        f"group snapshot {group_id} is being deleted",
+        group_snapshot=group_id,
+        state=states.name(states.DELETING),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Iterator
+from functools import cache
 from itertools import islice
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -28,17 +29,18 @@ async def read_blocks(
     Raises BadInput for a range beyond the end, Refused, PoolUnavailable.
     """
     pool = readable(core, group, request.volume)
-    async with core.readers.lend(pool, group.id, request.volume.volume) as reader:
+    async with core.readers.lend(pool, group.id, request.volume.volume) as lent:
         if request.HasField("cut_time"):
             # after there is a reader: it is of this one, or of one before
             check_cut_time(await taking.found(core, group.id), request.cut_time)
-        if request.offset > reader.size_bytes:
-            raise BadInput([("offset", f"is beyond the end, {reader.size_bytes}")])
-        length = request.length or reader.size_bytes - request.offset
-        if request.offset + length > reader.size_bytes:
-            raise BadInput([("length", f"the range ends beyond the end, {reader.size_bytes}")])
-        parts = _parts(reader, request.offset, length)
-        while part := await pool.read.run(core.limits.call_timeout_s, lambda: next(parts, None)):
+        if request.offset > lent.size_bytes:
+            raise BadInput([("offset", f"is beyond the end, {lent.size_bytes}")])
+        length = request.length or lent.size_bytes - request.offset
+        if request.offset + length > lent.size_bytes:
+            raise BadInput([("length", f"the range ends beyond the end, {lent.size_bytes}")])
+        # begun in the thread that takes the first part
+        parts = cache(lambda reader: _parts(reader, request.offset, length))
+        while part := await lent.run(core.limits.call_timeout_s, lambda reader: next(parts(reader), None)):
             yield part
 
 
@@ -47,9 +49,9 @@ async def allocated_extents(
 ) -> AsyncIterator[rpc.ListAllocatedExtentsResponse]:
     """Yield what is not a hole in a member."""
     pool = readable(core, group, volume)
-    async with core.readers.lend(pool, group.id, volume.volume) as reader:
-        extents = reader.extents(0, reader.size_bytes)
-        while batch := await pool.read.run(core.limits.call_timeout_s, lambda: _batch(extents)):
+    async with core.readers.lend(pool, group.id, volume.volume) as lent:
+        extents = cache(lambda reader: reader.extents(0, reader.size_bytes))
+        while batch := await lent.run(core.limits.call_timeout_s, lambda reader: _batch(extents(reader))):
             yield rpc.ListAllocatedExtentsResponse(extents=batch)
 
 
@@ -70,6 +72,9 @@ async def changed_extents(
     )
     try:
         while batch := await pool.read.run(None, lambda: _batch(extents)):
+            # of a snapshot that is deleted meanwhile, a storage may tell what the volume has now
+            for group_id in filter(None, (group.id, request.base_id)):
+                readable(core, await taking.found(core, group_id), request.volume)
             yield rpc.ListChangedExtentsResponse(extents=batch)
     finally:
         if isinstance(extents, Generator):
