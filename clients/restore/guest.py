@@ -1,7 +1,9 @@
 """Putting one file back into a running guest, through its agent.
 
-The file is written beside its place and moved there by the guest's own `mv`, with its owner and mode; where the
-agent does not run programs (guest-exec is often forbidden), it stays beside it, and the caller is told.
+The guest's own mktemp makes a file beside its place, under a name that nobody could foresee and for root alone; it is
+written, given its owner and mode, and moved to its place by the guest's own `mv`. An agent that runs no programs is
+refused: what it makes itself anybody in the guest may write to, and it follows links. In a directory that belongs to a
+user of the guest that user can still put something else in the file's place, as with any program of root's there.
 Source: qemu-ga's guest-file-open, guest-file-write, guest-file-flush, guest-file-close, guest-exec.
 """
 
@@ -13,9 +15,14 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import structlog
+
 _CHUNK_BYTES = 48 * 1024
 _ANSWER_S = 30
 _PROGRAM_S = 60.0
+_NAME_BYTES = 200
+
+_log = structlog.get_logger()
 
 
 class GuestRefused(Exception):
@@ -35,7 +42,10 @@ def put(
     mode: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write a file in a guest. Repeatable. Raises GuestRefused, NoSuchVm."""
+    """Write a file in a guest; what has its name is replaced, unless it is a directory.
+
+    Repeatable. Raises GuestRefused, NoSuchVm, and what `parts` raises; the guest has what it had before then.
+    """
     import libvirt
     import libvirt_qemu
 
@@ -57,14 +67,15 @@ def put(
             except libvirt.libvirtError as error:
                 raise GuestRefused(f"{name} in VM {vm}: {error}") from None
 
-        beside = f"{path}.frostgate-restored"
-        _write(agent, beside, parts, advance)
+        beside = _beside(agent, path)
         try:
-            _run(agent, "chown", [f"{owner[0]}:{owner[1]}", beside])
+            _write(agent, beside, parts, advance)
+            _run(agent, "chown", ["-h", f"{owner[0]}:{owner[1]}", beside])
             _run(agent, "chmod", [f"{mode:o}", beside])
-            _run(agent, "mv", ["-f", beside, path])
-        except GuestRefused as error:
-            raise GuestRefused(f"{error}; the file is in the guest as {beside}: move it by hand") from None
+            _run(agent, "mv", ["-f", "-T", beside, path])
+        except BaseException:
+            _remove(agent, beside)
+            raise
     finally:
         connection.close()
 
@@ -78,8 +89,26 @@ def _domain(connection: Any, vm: str) -> Any:
         return connection.lookupByUUIDString(vm)
 
 
+def _beside(agent: Callable[..., Any], path: str) -> str:
+    """Make an empty file in a path's directory that only root may open; return its path."""
+    directory, _, name = path.rpartition("/")
+    template = f".{name.encode()[:_NAME_BYTES].decode(errors='ignore')}.frostgate-XXXXXX"
+    made = _run(agent, "mktemp", ["-p", directory or "/", template]).removesuffix("\n")
+    if not made.startswith("/"):
+        raise GuestRefused(f"mktemp in the guest says {made!r}")
+    return made
+
+
+def _remove(agent: Callable[..., Any], beside: str) -> None:
+    """Remove what we made, after a failure; that it cannot be removed is said."""
+    try:
+        _run(agent, "rm", ["-f", beside])
+    except GuestRefused as error:
+        _log.warning("left_in_guest", path=beside, error=str(error))
+
+
 def _write(agent: Callable[..., Any], path: str, parts: Iterable[bytes], advance: Callable[[int], None]) -> None:
-    handle = agent("guest-file-open", path=path, mode="w")
+    handle = agent("guest-file-open", path=path, mode="r+")  # which makes no file
     try:
         for part in parts:
             for at in range(0, len(part), _CHUNK_BYTES):
@@ -96,14 +125,20 @@ def _write(agent: Callable[..., Any], path: str, parts: Iterable[bytes], advance
         agent("guest-file-close", handle=handle)
 
 
-def _run(agent: Callable[..., Any], program: str, words: list[str]) -> None:
-    pid = agent("guest-exec", path=program, arg=words)["pid"]
+def _run(agent: Callable[..., Any], program: str, words: list[str]) -> str:
+    """Run a program in the guest; return what it prints. Raises GuestRefused with what it says."""
+    pid = agent("guest-exec", path=program, arg=words, **{"capture-output": True})["pid"]
     deadline = time.monotonic() + _PROGRAM_S
     while time.monotonic() < deadline:
         status = agent("guest-exec-status", pid=pid)
         if status["exited"]:
             if status.get("exitcode", 1):
-                raise GuestRefused(f"{program} failed in the guest with code {status.get('exitcode')}")
-            return
+                said = _decoded(status.get("err-data", "")).strip() or f"code {status.get('exitcode')}"
+                raise GuestRefused(f"{program} failed in the guest: {said}")
+            return _decoded(status.get("out-data", ""))
         time.sleep(0.1)
     raise GuestRefused(f"{program} does not end in the guest")
+
+
+def _decoded(data: str) -> str:
+    return base64.b64decode(data).decode(errors="replace")

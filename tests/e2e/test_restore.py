@@ -1,9 +1,9 @@
 """Files and trees brought back: whole, verified, again after whatever interrupted it; and read without a mount."""
 
-import hashlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from tests.gateway_process import FROSTGATE
+from tests.lab.disk import sha256
 from tests.lab.filesystems import unmount
 from tests.lab.images import Kind, described, make_image
 from tests.mounting import MIB, Images, image_pool, kernel, taken
 
 FILES = 1000
+PARTIAL = ".large.*.frostgate-partial"
 KINDS: tuple[Kind, ...] = ("ext4", "xfs")
 LARGE_BYTES = 400 * MIB
+OTHER_BYTES = 150 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +33,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
             make_image(kind, made.pool / f"{kind}.raw", 600 * MIB, FILES)
         large = made.pool / "large.raw"
         with large.open("wb") as file:
-            file.truncate(LARGE_BYTES + 100 * MIB)
+            file.truncate(LARGE_BYTES + OTHER_BYTES + 100 * MIB)
         subprocess.run(["mkfs.ext4", "-q", "-F", large], check=True)
         place = made.scratch / "fill"
         place.mkdir()
         subprocess.run(["mount", "-o", "loop", large, place], check=True)
         try:
-            with (place / "large").open("wb") as file:
-                for _ in range(LARGE_BYTES // MIB):
-                    file.write(os.urandom(MIB))
+            (place / "other").mkdir()
+            for name, size in (("large", LARGE_BYTES), ("other/large", OTHER_BYTES)):
+                with (place / name).open("wb") as file:
+                    for _ in range(size // MIB):
+                        file.write(os.urandom(MIB))
         finally:
             unmount(place)
         yield made
@@ -62,12 +67,19 @@ def start(images: Images, *words: str | Path) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for_bytes(path: Path, size_bytes: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_bytes(directory: Path, size_bytes: int, process: "subprocess.Popen[str]") -> Path:
+    """Wait for a partial file in a directory; returns it."""
     deadline = time.monotonic() + 200
-    while not (path.exists() and path.stat().st_size >= size_bytes):
+    while not (found := [path for path in directory.glob(PARTIAL) if path.stat().st_size >= size_bytes]):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return found[0]
+
+
+def kernels_digest(images: Images, name: str) -> str:
+    with kernel(images, "ext4", images.pool / "large.raw") as mine:
+        return sha256(mine / name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +91,7 @@ def test_restored_trees_are_what_the_kernel_sees(images: Images, snapshot: str, 
     with kernel(images, kind) as mine:
         theirs = described(mine, posix=True)
         really = sum(path.lstat().st_blocks for path in mine.rglob("*")) * 512
-    ours = described(out / "whole", posix=True)
+    ours = described(out, posix=True)
     assert ours.keys() == theirs.keys()
     assert {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]} == {}
     used = sum(path.lstat().st_blocks for path in out.rglob("*")) * 512
@@ -94,7 +106,7 @@ def test_a_tree_whose_restore_was_killed_goes_on(images: Images, snapshot: str) 
     place = f"{snapshot}:ext4.raw/whole"
     with start(images, "restore", place, out) as first:
         deadline = time.monotonic() + 200
-        while len(list(out.glob("whole/**/*"))) < 100:
+        while len(list(out.glob("**/*"))) < 100:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         first.kill()
@@ -104,53 +116,95 @@ def test_a_tree_whose_restore_was_killed_goes_on(images: Images, snapshot: str) 
     assert not list(out.rglob("*.frostgate-partial"))
     with kernel(images, "ext4") as mine:
         theirs = described(mine, posix=True)
-    assert described(out / "whole", posix=True) == theirs
+    assert described(out, posix=True) == theirs
     shutil.rmtree(out)
 
 
-def test_a_large_file_goes_on_where_it_was_and_verify_finds_what_changed_meanwhile(
+def test_a_large_file_goes_on_where_it_was_and_verify_mends_what_changed_meanwhile(
     images: Images, snapshot: str
 ) -> None:
     out = images.scratch / "large"
     out.mkdir()
-    partial = out / ".large.frostgate-partial"
     place = f"{snapshot}:large.raw/whole/large"
-    with start(images, "restore", place, out) as first:
-        wait_for_bytes(partial, 200 * MIB, first)
+    with start(images, "restore", place, f"{out}/") as first:
+        partial = wait_for_bytes(out, 200 * MIB, first)
         first.kill()
     assert not (out / "large").exists()
     kept = partial.stat().st_ino
     with partial.open("r+b") as file:  # what was synced already is not read again: so this stays, until verified
-        before = file.read(4)
-        file.seek(0)
         file.write(b"else")
-    told = images.json("restore", place, out)
+    told = images.json("restore", place, f"{out}/")
     assert told["files"] == 1
     assert (out / "large").stat().st_ino == kept
     assert (out / "large").read_bytes()[:4] == b"else"
-    found = images.cli("restore", place, out, "--verify")
-    assert found.returncode == 1
-    assert "differs from the snapshot near byte 0" in found.stderr
-    with (out / "large").open("r+b") as file:
-        file.write(before)
-    with kernel(images, "ext4", images.pool / "large.raw") as mine, (mine / "large").open("rb") as theirs:
-        wanted = hashlib.file_digest(theirs, "sha256").hexdigest()
-    with (out / "large").open("rb") as ours:
-        assert hashlib.file_digest(ours, "sha256").hexdigest() == wanted
+    told = images.json("restore", place, f"{out}/", "--verify")
+    assert (told["files"], told["repaired"], told["problems"]) == (1, 1, [])
+    assert sha256(out / "large") == kernels_digest(images, "large")
+    told = images.json("restore", place, f"{out}/", "--verify")
+    assert (told["files"], told["unchanged"], told["repaired"]) == (0, 1, 0)
     shutil.rmtree(out)
+
+
+def test_what_is_left_of_one_file_never_becomes_part_of_another(images: Images, snapshot: str) -> None:
+    out = images.scratch / "mixed"
+    out.mkdir()
+    with start(images, "restore", f"{snapshot}:large.raw/whole/large", f"{out}/") as first:
+        wait_for_bytes(out, 200 * MIB, first)
+        first.kill()
+    told = images.json("restore", f"{snapshot}:large.raw/whole/other/large", f"{out}/")
+    assert told["files"] == 1
+    assert sha256(out / "large") == kernels_digest(images, "other/large")
+    assert os.listdir(out) == ["large"]
+    shutil.rmtree(out)
+
+
+def test_a_partial_file_that_others_could_write_is_not_gone_on_with(images: Images, snapshot: str) -> None:
+    out = images.scratch / "open"
+    out.mkdir()
+    place = f"{snapshot}:large.raw/whole/large"
+    with start(images, "restore", place, f"{out}/") as first:
+        partial = wait_for_bytes(out, 200 * MIB, first)
+        first.kill()
+    host = images.scratch / "host file"
+    partial.rename(host)
+    os.link(host, partial)
+    before = sha256(host)
+    images.json("restore", place, f"{out}/")
+    assert sha256(out / "large") == kernels_digest(images, "large")
+    assert sha256(host) == before
+    shutil.rmtree(out)
+    host.unlink()
+
+
+def test_a_repeat_of_the_same_command_goes_to_the_same_place(images: Images, snapshot: str) -> None:
+    with kernel(images, "ext4") as mine:
+        directory = next(path for path in sorted(mine.iterdir()) if path.is_dir() and path.name.startswith("dir"))
+        theirs = described(directory, posix=False)
+        name = directory.name
+    place = f"{snapshot}:ext4.raw/whole/{name}"
+    itself, inside = images.scratch / "itself", images.scratch / "made/inside"
+    for destination, where in ((itself, itself), (f"{inside}/", inside / name), (f"{inside}/.", inside / name)):
+        for _ in range(2):
+            told = images.json("restore", place, destination, "--privileged")
+            assert told["problems"] == []
+            assert described(where, posix=False) == theirs
+        assert told["files"] == 0
+    assert os.listdir(inside) == [name]
+    shutil.rmtree(itself)
+    shutil.rmtree(inside.parent)
 
 
 def test_ctrl_c_ends_a_restore_with_its_code_and_no_half_file(images: Images, snapshot: str) -> None:
     out = images.scratch / "interrupted"
     out.mkdir()
     place = f"{snapshot}:large.raw/whole/large"
-    with start(images, "restore", place, out) as process:
-        wait_for_bytes(out / ".large.frostgate-partial", 20 * MIB, process)
+    with start(images, "restore", place, f"{out}/") as process:
+        partial = wait_for_bytes(out, 20 * MIB, process)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert os.listdir(out) == [".large.frostgate-partial"]
+    assert os.listdir(out) == [partial.name]
     shutil.rmtree(out)
 
 
@@ -188,7 +242,14 @@ def test_places_and_destinations_that_make_no_sense_change_nothing(images: Image
         ((f"{snapshot}:large.raw/p7/large", out), 3),
         ((f"{snapshot}:large.raw/whole/none", out), 3),
         ((f"{snapshot}:large.raw/whole/large/below", out), 3),
-        ((file, "/proc/nothing/x"), 3),
+        ((file, file, out), 2),
+        ((file, ""), 2),
+        ((file, "/proc/nothing/x"), 4),
+        ((file, images.scratch), 4),
+        ((file, f"{images.pool}/ext4.raw/"), 4),
+        ((file, "/sys/large"), 7),
+        ((f"{snapshot}:large.raw/whole/other", images.pool / "ext4.raw"), 4),
+        ((f"{snapshot}:large.raw/whole/other", "/sys/tree"), 7),
         ((file, "relative", "--into-guest", "web1"), 2),
         ((file, "/x", "--into-guest", "web1", "--connect", "qemu+unix:///system?socket=/nobody"), 1),
         ((file, out, "--key-file", images.scratch / "none"), 2),
@@ -197,7 +258,11 @@ def test_places_and_destinations_that_make_no_sense_change_nothing(images: Image
         assert told.returncode == code, (words, told.stderr)
         assert told.stderr.startswith("error: ")
         assert "Traceback" not in told.stderr
+        assert "b'" not in told.stderr
+        if code == 7:
+            assert re.search(rf"{words[-1]}: (Permission denied|Operation not permitted)", told.stderr)
     assert not out.exists()
+    assert f"{images.scratch}/ would put it in there" in images.cli("restore", file, images.scratch).stderr
     missing = json.loads(images.cli("restore", "nope:x/whole/y", out, "--output", "json").stderr)
     assert missing["reason"] == "GROUP_SNAPSHOT_NOT_FOUND"
 
