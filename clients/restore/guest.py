@@ -93,7 +93,10 @@ def _beside(agent: Callable[..., Any], path: str) -> str:
     """Make an empty file in a path's directory that only root may open; return its path."""
     directory, _, name = path.rpartition("/")
     template = f".{name.encode()[:_NAME_BYTES].decode(errors='ignore')}.frostgate-XXXXXX"
-    made = _run(agent, "mktemp", ["-p", directory or "/", template]).removesuffix("\n")
+    try:
+        made = _run(agent, "mktemp", ["-p", directory or "/", template]).removesuffix("\n")
+    except GuestRefused as error:
+        raise GuestRefused(f"nothing can be made in {directory or '/'}: {error}") from None
     if not made.startswith("/"):
         raise GuestRefused(f"mktemp in the guest says {made!r}")
     return made
