@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
@@ -9,8 +10,11 @@ from typing import Annotated
 
 import structlog
 import typer
+from typer.exceptions import TyperException
 
 from clients.cli.session import (
+    INTERRUPTED,
+    OK,
     AddressOption,
     CaOption,
     CertOption,
@@ -28,9 +32,21 @@ Exit codes: 0 done, 1 another failure, 2 wrong usage, 3 no such thing, 4 refused
 
 def main() -> None:
     """Run the command line of this process."""
+    arguments = sys.argv[1:]
     # what is logged must not get into what `cat` writes
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    application(sys.argv[1:])(prog_name="frostgate")
+    if not _json_wanted(arguments):
+        application(arguments)(prog_name="frostgate")
+        return
+    structlog.configure(processors=[structlog.processors.add_log_level, structlog.processors.JSONRenderer()])
+    try:
+        sys.exit(application(arguments)(prog_name="frostgate", standalone_mode=False) or OK)
+    except TyperException as error:
+        said, code = error.format_message(), error.exit_code  # wrong usage
+    except typer.Abort:
+        said, code = "interrupted", INTERRUPTED
+    print(json.dumps({"error": said, "exit_code": code}), file=sys.stderr)
+    sys.exit(code)
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:
@@ -55,17 +71,26 @@ def application(arguments: Sequence[str]) -> typer.Typer:
         app.add_typer(vm.app, name="vm")
     if every or asked & files:
         from clients.cli import files as file_commands
-        from clients.cli import mount, restore
+        from clients.cli import finding, mount, restore
 
         app.command()(mount.mount)
         app.command()(mount.umount)
         app.command()(restore.restore)
         app.command()(file_commands.ls)
         app.command()(file_commands.cat)
-        app.command()(file_commands.find)
-        app.command()(file_commands.diff)
+        app.command()(finding.find)
+        app.command()(finding.diff)
     app.command()(doctor.doctor)
     return app
+
+
+def _json_wanted(arguments: Sequence[str]) -> bool:
+    """Tell before they are parsed, as wrong ones are to be told in JSON as well."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return any(
+        one in ("--output=json", "-Ojson") or (one in ("--output", "-O") and following == "json")
+        for one, following in pairs
+    )
 
 
 def _version(asked: bool) -> None:

@@ -133,7 +133,7 @@ def complain(error: BaseException) -> None:
         content: dict[str, Any] = {"error": str(error), "exit_code": exit_code(error)}
         if isinstance(error, GatewayError):
             content |= {"reason": error.reason, "metadata": error.metadata}
-        print(json.dumps(content), file=sys.stderr)
+        warn(content, "")
         return
     print(f"error: {printable(str(error))}", file=sys.stderr)
     if isinstance(error, GatewayError):
@@ -142,6 +142,11 @@ def complain(error: BaseException) -> None:
         if error.reason not in ("", "INVALID_ARGUMENT", "GATEWAY_UNAVAILABLE"):
             request = error.metadata.get("request_id", "")
             print(f"  reason {error.reason}" + (f", request {request}" if request else ""), file=sys.stderr)
+
+
+def warn(content: dict[str, Any], words: str) -> None:
+    """Say something on stderr: words, or one line of JSON for --output json."""
+    print(json.dumps(content) if session.json else words, file=sys.stderr)
 
 
 def command(function: F) -> F:
@@ -154,7 +159,9 @@ def command(function: F) -> F:
         except (GatewayError, Refusal) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
+            if not session.json:
+                print(file=sys.stderr)  # after the terminal's ^C
+            warn({"error": "interrupted", "exit_code": INTERRUPTED}, "interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # whoever read our output has seen enough
@@ -191,8 +198,19 @@ def plain(content: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return text without control characters: what others named must not steer the terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+    """Return text in one line, with control characters as Python writes them, and bytes that are not UTF-8 as well.
+
+    What others named must not steer the terminal, nor forge a line.
+    """
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    number = ord(character)
+    # os.fsdecode() makes such characters of bytes
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else ascii(character)[1:-1]
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -1,17 +1,22 @@
 """NTFS and FAT through libfsntfs and libfsfat. Runs in the confined process.
 
-They have no owners and modes of ours: directories are 0755, files 0644, of root. FAT's local times are taken as UTC.
+They have no owners and modes of ours: directories are 0755, files 0644, of root. FAT's local times are taken as UTC;
+they are read here, as libfsfat (20260826) gives them a month late.
+Source: Microsoft FAT specification, "Date and Time Formats".
 """
 
 from __future__ import annotations
 
+import errno
 import stat
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from clients.files.ranges import Bytes, FileObject
+from clients.files.sleuthkit_names import SleuthkitNames
 from clients.files.wire import Entry
 
 _OPEN = 1024
@@ -21,14 +26,21 @@ _SPARSE = 1
 _ATTRIBUTE_DIRECTORY = 0x10
 _MFT_MASK = 0xFFFFFFFFFFFF
 _FIRST_USER_FILE = 16
+_FAT_ENTRY_BYTES = 32
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class DosTree:
     """One file system; ids are NTFS's file numbers or libfsfat's identifiers."""
 
-    def __init__(self, library: Any, source: Bytes, ntfs: bool) -> None:
-        """Open it. Raises OSError when it is damaged."""
+    def __init__(self, library: Any, source: Bytes, names: SleuthkitNames | None = None) -> None:
+        """Open it; `names`, which NTFS has, knows those of what the library refuses.
+
+        Raises OSError when it is damaged.
+        """
+        self._source = source
+        self._spare = names
+        ntfs = names is not None
         self._volume = library.volume()
         self._volume.open_file_object(FileObject(source))
         self._ntfs = ntfs
@@ -45,8 +57,7 @@ class DosTree:
         kind = self._kind(number, found)
         size = int(found.size) if kind == stat.S_IFREG else len(self.link(number)) if kind == stat.S_IFLNK else 4096
         mode = {stat.S_IFDIR: 0o755, stat.S_IFREG: 0o644, stat.S_IFLNK: 0o777}[kind]
-        modified = _ns(found, "modification")
-        changed = _ns(found, "entry_modification") if self._ntfs else modified
+        modified, read, changed = self._times(number, found)
         return Entry(
             number,
             kind | mode,
@@ -56,7 +67,7 @@ class DosTree:
             size,
             sum(length for _, length in self._data(found, _EXTENTS_COUNTED)) if kind == stat.S_IFREG else size,
             modified,
-            _ns(found, "access"),
+            read,
             changed,
             attributed=False,
         )
@@ -109,15 +120,42 @@ class DosTree:
 
     def _listed(self, number: int) -> Iterator[tuple[bytes, int]]:
         directory = self._entry(number)
+        opened, refused = set(), False
         for index in range(directory.number_of_sub_file_entries):
-            found = directory.get_sub_file_entry(index)
-            name = found.name
-            child = self._id(found)
+            try:
+                found = directory.get_sub_file_entry(index)
+                name = found.name
+            except OSError:
+                if self._spare is None:
+                    raise
+                refused = True
+                continue
+            lost = self._ntfs and found.is_empty()
+            child = int(found.get_i30_file_reference()) & _MFT_MASK if lost else self._id(found)
             # NTFS's own files ($MFT ...) are none of the user's
             if not name or name in (".", "..") or (self._ntfs and child < _FIRST_USER_FILE):
                 continue
-            self._keep(child, found)
+            opened.add(child)
+            if not lost:
+                self._keep(child, found)
             yield name.replace("/", "\u2215").encode("utf-8", "surrogatepass"), child
+        if refused and self._spare:
+            for spare, child in self._spare.of(number).items():
+                if child not in opened and child >= _FIRST_USER_FILE:
+                    yield spare, child
+
+    def _times(self, number: int, found: Any) -> tuple[int, int, int]:
+        """Return when it was modified, read and changed, in nanoseconds since 1970; 0 when that is not known."""
+        if self._ntfs:
+            return _ns(found, "modification"), _ns(found, "access"), _ns(found, "entry_modification")
+        # what libfsfat identifies a file by is the place of its directory entry; the root directory has none
+        content = b"" if number == self.root_id else self._source.pread(number, _FAT_ENTRY_BYTES)
+        if len(content) < _FAT_ENTRY_BYTES:
+            return 0, 0, 0
+        (read,) = struct.unpack_from("<H", content, 18)
+        time, date = struct.unpack_from("<HH", content, 22)
+        modified = _fat_ns(date, time)
+        return modified, _fat_ns(read, 0), modified
 
     def _kind(self, number: int, found: Any) -> int:
         if number == self.root_id:
@@ -136,6 +174,8 @@ class DosTree:
         if found is None:
             by_id = self._volume.get_file_entry if self._ntfs else self._volume.get_file_entry_by_identifier
             found = by_id(number)
+            if self._ntfs and found.is_empty():
+                raise OSError(errno.EIO, "its record in the file table is damaged")
             self._keep(number, found)
         else:
             self._open.move_to_end(number)
@@ -145,6 +185,16 @@ class DosTree:
         self._open[number] = found
         if len(self._open) > _OPEN:
             self._open.popitem(last=False)
+
+
+def _fat_ns(date: int, time: int) -> int:
+    try:
+        when = datetime(
+            1980 + (date >> 9), date >> 5 & 15, date & 31, time >> 11, time >> 5 & 63, 2 * (time & 31), tzinfo=UTC
+        )
+    except ValueError:
+        return 0
+    return int((when - _EPOCH).total_seconds()) * 10**9
 
 
 def _ns(found: Any, which: str) -> int:

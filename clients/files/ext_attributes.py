@@ -79,6 +79,8 @@ def load() -> ctypes.CDLL:
     library.ext2fs_xattr_get.argtypes = [c_void_p, c_char_p, POINTER(c_void_p), POINTER(c_size_t)]
     library.ext2fs_xattrs_close.argtypes = [POINTER(c_void_p)]
     library.ext2fs_free_mem.argtypes = [c_void_p]
+    library.ext2fs_inode_table_loc.argtypes = [c_void_p, c_uint]
+    library.ext2fs_inode_table_loc.restype = c_ulonglong
     for name in ("open2", "xattrs_open", "xattrs_read", "xattrs_iterate", "xattr_get", "xattrs_close", "free_mem"):
         getattr(library, f"ext2fs_{name}").restype = c_long
     _CHANNEL(lambda _: 0)  # the first callback of a process opens files as well
@@ -117,9 +119,7 @@ class ExtAttributes:
 
     def of(self, inode: int, found: object = None) -> list[tuple[bytes, bytes | None]]:
         """Return an inode's attributes as Linux names them. Raises OSError, also when the file system is damaged."""
-        if not self._filesystem:
-            opened = byref(self._filesystem)
-            _check(self._library.ext2fs_open2(b"bytes", None, _FLAGS, 0, 0, byref(self._manager), opened))
+        self._open()
         attributes: list[tuple[bytes, bytes | None]] = []
 
         def take(name: bytes, value: int | None, length: int, _: object) -> int:
@@ -139,6 +139,16 @@ class ExtAttributes:
             ]
         finally:
             self._library.ext2fs_xattrs_close(byref(handle))
+
+    def table_block(self, group: int) -> int:
+        """Return the block at which the inodes of a group, which must be one, begin. Raises OSError."""
+        self._open()
+        return int(self._library.ext2fs_inode_table_loc(self._filesystem, group))
+
+    def _open(self) -> None:
+        if not self._filesystem:
+            opened = byref(self._filesystem)
+            _check(self._library.ext2fs_open2(b"bytes", None, _FLAGS, 0, 0, byref(self._manager), opened))
 
     def _named(self, handle: c_void_p, name: bytes) -> bytes:
         value, length = c_void_p(), c_size_t()

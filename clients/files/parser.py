@@ -23,6 +23,8 @@ from clients.files import wire
 ANSWER_TIMEOUT_S = 60.0
 _MOST_ALIVE = 32
 _LONGEST_LINK = 4095
+_LONGEST_NAME = 255
+_STAND_IN = "\ufffd".encode()
 T = TypeVar("T")
 _log = structlog.get_logger()
 
@@ -172,6 +174,7 @@ class Parser:
                 pass_fds=(theirs.fileno(), asking.fileno(), *local),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for us, who end it
                 # no secrets in there, and nothing that would steer Python
                 env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
@@ -238,7 +241,7 @@ def found_entry(answer: Any) -> wire.Entry | None:
 def listed(answer: Any) -> tuple[list[tuple[bytes, wire.Entry | None]], bool]:
     """Decode the answer to "listing": some entries, damaged ones as None, and whether they are the last."""
     entries, complete = answer
-    return [(_name(name), _entry_or_none(found)) for name, found in entries], bool(complete) or not entries
+    return [_named(name, found) for name, found in entries], bool(complete) or not entries
 
 
 def attributes(answer: Any) -> dict[bytes, bytes | None]:
@@ -268,15 +271,14 @@ def contents(answer: Any) -> list[bytes | None]:
     return [bytes(first), *(None if other is None else bytes(other) for other in others)]
 
 
-def _entry_or_none(values: Any) -> wire.Entry | None:
+def _named(name: Any, values: Any) -> tuple[bytes, wire.Entry | None]:
+    """Return an entry with a name that cannot lead out of its directory; one of another name counts as damaged."""
+    if not isinstance(name, bytes):
+        raise wire.Closed("a name that is none")
+    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+        _log.warning("impossible_name", name=repr(name[:_LONGEST_NAME]))
+        return _STAND_IN + name.replace(b"/", _STAND_IN).replace(b"\0", _STAND_IN), None
     try:
-        return found_entry(values)
+        return name, found_entry(values)
     except wire.Closed:
-        return None
-
-
-def _name(name: Any) -> bytes:
-    """Return a name that cannot lead out of its directory."""
-    if not isinstance(name, bytes) or not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-        raise wire.Closed("an impossible name")
-    return name
+        return name, None

@@ -1,7 +1,8 @@
 """ext2/3/4 and XFS through libfsext and libfsxfs.
 
-Runs in the confined process. The libraries give names as text only. Where a name is none (not UTF-8), ext's comes
-from the Sleuth Kit, which gives bytes, and XFS's from a module of ours. Attributes of ext come from libext2fs.
+Runs in the confined process. The libraries give names as text only, and of inodes that they can read. Where a
+directory has another one, ext's names come from the Sleuth Kit, which gives bytes, and XFS's from a module of ours.
+Attributes of ext come from libext2fs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from contextlib import suppress
 from typing import Any
 
 from clients.files.ext_attributes import ExtAttributes
-from clients.files.ext_names import ExtNames
+from clients.files.far_times import FarTimes, Inodes
 from clients.files.ranges import Bytes, FileObject
+from clients.files.sleuthkit_names import SleuthkitNames
 from clients.files.wire import Entry
 from clients.files.xfs_attributes import XfsAttributes
 from clients.files.xfs_names import XfsNames
@@ -31,19 +33,25 @@ class PosixTree:
     """One file system; ids are inode numbers."""
 
     def __init__(
-        self, library: Any, source: Bytes, names: ExtNames | XfsNames, attributes: ExtAttributes | XfsAttributes
+        self,
+        library: Any,
+        source: Bytes,
+        names: SleuthkitNames | XfsNames,
+        attributes: ExtAttributes | XfsAttributes,
+        inodes: Inodes,
     ) -> None:
-        """Open it; `names` knows those that the library cannot give.
+        """Open it; `names` and `inodes` know those that the library cannot give.
 
         Raises OSError when it is damaged.
         """
+        self._times = FarTimes(source, inodes)
         self._volume = library.volume()
-        self._volume.open_file_object(FileObject(source))
+        self._volume.open_file_object(FileObject(self._times))
         self._bytes = names
         self._attributes = attributes
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._names: OrderedDict[int, dict[bytes, int]] = OrderedDict()
-        root = self._volume.get_root_directory()
+        root = self._times.opened(None, self._volume.get_root_directory)
         self.root_id = int(root.inode_number)
         self.label = str(self._volume.get_label() or "")
         self._keep(self.root_id, root)
@@ -54,6 +62,12 @@ class PosixTree:
         mode = int(found.file_mode)
         kind = stat.S_IFMT(mode)
         size = int(found.size) if kind in (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR) else 0
+        times = self._times.of(
+            inode,
+            int(found.get_modification_time_as_integer()),
+            int(found.get_access_time_as_integer()),
+            int(found.get_inode_change_time_as_integer()),
+        )
         return Entry(
             inode,
             mode,
@@ -62,9 +76,7 @@ class PosixTree:
             int(found.group_identifier),
             size,
             _in_blocks(self._data(found, _EXTENTS_COUNTED)) if kind == stat.S_IFREG else size,
-            int(found.get_modification_time_as_integer()),
-            int(found.get_access_time_as_integer()),
-            int(found.get_inode_change_time_as_integer()),
+            *times,
             tuple(found.device_number or (0, 0)) if kind in _DEVICES else (0, 0),
             self._attributes.may_have(found),
         )
@@ -125,11 +137,12 @@ class PosixTree:
         directory = self._entry(inode)
         listed: dict[bytes, int] = {}
         for index in range(directory.number_of_sub_file_entries):
-            found = directory.get_sub_file_entry(index)
-            number = int(found.inode_number)
             try:
+                found = directory.get_sub_file_entry(index)
+                number = int(found.inode_number)
                 listed[found.name.encode()] = number
             except (OSError, UnicodeEncodeError):
+                # one name that is not UTF-8, or one inode that the library refuses
                 return self._bytes.of(inode, directory)
             self._keep(number, found)
         return listed
@@ -137,7 +150,7 @@ class PosixTree:
     def _entry(self, inode: int) -> Any:
         found = self._open.get(inode)
         if found is None:
-            found = self._volume.get_file_entry_by_inode(inode)
+            found = self._times.opened(inode, lambda: self._volume.get_file_entry_by_inode(inode))
             self._keep(inode, found)
         else:
             self._open.move_to_end(inode)

@@ -44,6 +44,10 @@ class FileTree:
     serial: int = field(default_factory=count().__next__)
 
 
+class NoSuchPlace(OSError):
+    """A snapshot has nothing of that path."""
+
+
 class OpenSnapshot:
     """A READY snapshot; use it in a `with` block.
 
@@ -106,7 +110,7 @@ class OpenSnapshot:
         return "" if tree.kind == "xfs" and quiet else tree.note
 
     def find(self, path: str) -> tuple[FileTree, Entry, bytes]:
-        """Return the entry of VOLUME/PARTITION[/PATH] and its path in the tree. Raises OSError."""
+        """Return the entry of VOLUME/PARTITION[/PATH] and its path in the tree. Raises OSError, NoSuchPlace of it."""
         disk, rest = self.disk_of(path)
         name, _, inner = rest.partition("/")
         for one in self.trees()[disk]:
@@ -115,15 +119,15 @@ class OpenSnapshot:
                     raise OSError(errno.ENOTSUP, one.tree.why_not.strip(), path)
                 return one, *_walk(one, inner, path)
         known = ", ".join(one.tree.name for one in self.trees()[disk])
-        raise OSError(errno.ENOENT, f"no partition {name!r}; there are: {known or 'none'}", path)
+        raise NoSuchPlace(errno.ENOENT, f"no partition {name!r}; there are: {known or 'none'}", path)
 
     def disk_of(self, path: str) -> tuple[int, str]:
-        """Split a path into the number of its disk and what follows. Raises OSError ENOENT."""
+        """Split a path into the number of its disk and what follows. Raises NoSuchPlace."""
         for number, member in enumerate(self.group.members):
             for name in (self.names[number], member.volume.volume, f"{member.volume.pool}/{member.volume.volume}"):
                 if path == name or path.startswith(f"{name}/"):
                     return number, path[len(name) :].strip("/")
-        raise OSError(errno.ENOENT, f"no such volume; there are: {', '.join(self.names)}", path)
+        raise NoSuchPlace(errno.ENOENT, f"no such volume; there are: {', '.join(self.names)}", path)
 
     def close(self) -> None:
         """End the parsers and close the disks."""
@@ -197,9 +201,9 @@ def _walk(one: FileTree, inner: str, path: str) -> tuple[Entry, bytes]:
     parts = [part for part in inner.encode("utf-8", "surrogateescape").split(b"/") if part not in (b"", b".")]
     for part in parts:
         if not stat.S_ISDIR(entry.mode):
-            raise OSError(errno.ENOTDIR, "not a directory on the way", path)
+            raise NoSuchPlace(errno.ENOTDIR, "not a directory on the way", path)
         found = one.parser.find(one.number, entry.id, part)
         if found is None:
-            raise OSError(errno.ENOENT, f"no {part.decode(errors='replace')!r} there", path)
+            raise NoSuchPlace(errno.ENOENT, f"no {part.decode(errors='replace')!r} there", path)
         entry = found
     return entry, b"/".join(parts)

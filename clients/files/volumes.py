@@ -14,10 +14,12 @@ from typing import Any
 from clients.files import lvm, wire
 from clients.files.dos import DosTree
 from clients.files.ext_attributes import ExtAttributes
-from clients.files.ext_names import ExtNames, sleuthkit_image
+from clients.files.ext_inodes import ExtInodes
 from clients.files.posix import PosixTree
 from clients.files.ranges import Bytes, FileObject, LibraryBytes, Part
+from clients.files.sleuthkit_names import SleuthkitNames, sleuthkit_image
 from clients.files.xfs_attributes import XfsAttributes
+from clients.files.xfs_inodes import XfsInodes
 from clients.files.xfs_names import XfsNames
 
 AnyTree = PosixTree | DosTree
@@ -196,11 +198,21 @@ def _opener(make: Callable[[Any, Bytes], AnyTree], library: str, source: Bytes) 
     return lambda: make(__import__(library), source)
 
 
+def _ext(library: Any, source: Bytes) -> PosixTree:
+    attributes = ExtAttributes(source)
+    return PosixTree(library, source, SleuthkitNames(source, "EXT"), attributes, ExtInodes(source, attributes))
+
+
+def _xfs(library: Any, source: Bytes) -> PosixTree:
+    inodes = XfsInodes(source)
+    return PosixTree(library, source, XfsNames(source, inodes), XfsAttributes(source), inodes)
+
+
 _KINDS: tuple[tuple[str, str, Callable[[Any, Bytes], AnyTree]], ...] = (
-    ("ext", "pyfsext", lambda library, source: PosixTree(library, source, ExtNames(source), ExtAttributes(source))),
-    ("xfs", "pyfsxfs", lambda library, source: PosixTree(library, source, XfsNames(source), XfsAttributes(source))),
-    ("ntfs", "pyfsntfs", lambda library, source: DosTree(library, source, ntfs=True)),
-    ("fat", "pyfsfat", lambda library, source: DosTree(library, source, ntfs=False)),
+    ("ext", "pyfsext", _ext),
+    ("xfs", "pyfsxfs", _xfs),
+    ("ntfs", "pyfsntfs", lambda library, source: DosTree(library, source, SleuthkitNames(source, "NTFS"))),
+    ("fat", "pyfsfat", DosTree),
 )
 
 

@@ -17,6 +17,10 @@ FRAME_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
 _ZEROS = bytes(READ_BYTES)
 _LENGTH = struct.Struct(">I")
+_LARGE_NUMBER = 1
+_LARGE_NUMBER_BYTES = 12
+_FIRST_NS, _END_NS = -62135596800 * 10**9, 253402300800 * 10**9
+"""The years 1 to 9999, which is more than POSIX file systems have, and as far as Python's datetime goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,11 @@ def entry(values: Any) -> Entry:
         found = Entry(*numbers, (major, minor), bool(attributed))  # type: ignore[call-arg]
         small = (found.mode, found.links, found.uid, found.gid, 2 * major, 2 * minor)  # makedev(3) takes ints
         large = (found.id, found.size_bytes, found.allocated_bytes)
-        times = (found.mtime_ns, found.atime_ns, found.ctime_ns)
+        times_ns = (found.mtime_ns, found.atime_ns, found.ctime_ns)
         if (
             all(type(number) is int and 0 <= number < 1 << 32 for number in small)
             and all(type(number) is int and 0 <= number < 1 << 63 for number in large)
-            and all(type(number) is int and -(1 << 63) <= number < 1 << 63 for number in times)
+            and all(type(time) is int and _FIRST_NS <= time < _END_NS for time in times_ns)
         ):
             return found
     except (TypeError, ValueError):
@@ -120,7 +124,7 @@ def content(value: Any, most_bytes: int) -> bytes:
 
 def send(to: socket.socket, message: Any) -> None:
     """Send one message. Raises Closed."""
-    content = msgpack.packb(message, use_bin_type=True)
+    content = msgpack.packb(message, use_bin_type=True, default=_large_number)
     try:
         to.sendall(_LENGTH.pack(len(content)) + content)
     except OSError as error:
@@ -133,9 +137,22 @@ def receive(source: socket.socket) -> Any:
     if length > FRAME_BYTES:
         raise Closed("too long a message")
     try:
-        return msgpack.unpackb(_exactly(source, length), raw=False, strict_map_key=False)
+        return msgpack.unpackb(_exactly(source, length), raw=False, strict_map_key=False, ext_hook=_extension)
     except (ValueError, msgpack.UnpackException) as error:
         raise Closed(str(error)) from error
+
+
+def _large_number(value: object) -> msgpack.ExtType:
+    """Return what msgpack's numbers of 64 bits do not hold: nanoseconds after 2554, before 1677."""
+    if not isinstance(value, int):
+        raise TypeError(f"not for the wire: {type(value).__name__}")
+    return msgpack.ExtType(_LARGE_NUMBER, value.to_bytes(_LARGE_NUMBER_BYTES, "big", signed=True))
+
+
+def _extension(kind: int, content: bytes) -> int:
+    if kind != _LARGE_NUMBER or len(content) != _LARGE_NUMBER_BYTES:
+        raise ValueError("an unknown kind of value")
+    return int.from_bytes(content, "big", signed=True)
 
 
 def _exactly(source: socket.socket, length: int) -> bytes:

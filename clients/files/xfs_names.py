@@ -2,7 +2,7 @@
 
 Runs in the confined process, and only for what the library refuses, because no library of a licence that we can use
 gives them. Where a directory's blocks lie is told by libfsxfs; of ours are the entries within them.
-Source: XFS Filesystem Structure, "Directories", "Shortform Directories", "Inode Core"; xfs_da_format.h.
+Source: XFS Filesystem Structure, "Directories", "Shortform Directories"; xfs_da_format.h.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clients.files.ranges import Bytes
+from clients.files.xfs_inodes import XfsInodes
 
-_LOCAL = 1
-_V3_CORE_BYTES, _V2_CORE_BYTES = 176, 100
 _V5_BLOCKS = {b"XDB3": True, b"XDD3": False}  # is it the only block of its directory, with the index at its end?
 _V4_BLOCKS = {b"XD2B": True, b"XD2D": False}
 _V5_HEADER_BYTES, _V4_HEADER_BYTES = 64, 16
@@ -28,50 +27,34 @@ _FILE_TYPES_V5 = 0x1
 class XfsNames:
     """The names in the directories of one file system."""
 
-    def __init__(self, source: Bytes) -> None:
-        """Read the superblock. Raises OSError."""
-        head = source.pread(0, 512)
-        if len(head) < 512:
-            raise OSError(errno.EIO, "no superblock")
+    def __init__(self, source: Bytes, inodes: XfsInodes) -> None:
+        """Take its bytes and inodes. Raises OSError."""
+        head = inodes.superblock
         self._source = source
-        self._block_bytes = int(struct.unpack_from(">I", head, 4)[0])
-        self._group_blocks = int(struct.unpack_from(">I", head, 84)[0])
-        version, _, self._inode_bytes = struct.unpack_from(">HHH", head, 100)
-        self._inodes_log, self._group_log = head[123], head[124]
-        self._directory_bytes = self._block_bytes << head[192]
+        self._inodes = inodes
+        self._directory_bytes = inodes.block_bytes << head[192]
+        (version,) = struct.unpack_from(">H", head, 100)
         more, incompatible = struct.unpack_from(">I", head, 200)[0], struct.unpack_from(">I", head, 216)[0]
         self._v5 = version & 0xF == 5
         self._types = bool(incompatible & _FILE_TYPES_V5 if self._v5 else more & _FILE_TYPES_V4)
-        if not (512 <= self._block_bytes <= self._directory_bytes <= 65536 and 256 <= self._inode_bytes <= 2048):
+        if self._directory_bytes > 65536:
             raise OSError(errno.EIO, "an impossible superblock")
 
     def of(self, inode: int, directory: Any) -> dict[bytes, int]:
         """Return the names with their inodes of a directory, which libfsxfs has opened. Raises OSError."""
-        short = self._within(inode)
+        short = self._inodes.within(inode)
         try:
             found = list(self._short(short) if short is not None else self._long(_extents(directory)))
         except (IndexError, struct.error):
             raise OSError(errno.EIO, "a damaged directory") from None
-        return {name: number for name, number in found if name not in (b".", b"..") and b"/" not in name}
+        return {name: number for name, number in found if name not in (b".", b"..")}
 
     def target(self, inode: int, length: int) -> bytes:
         """Return where a link points that is kept within its inode. Raises OSError."""
-        target = self._within(inode)
+        target = self._inodes.within(inode)
         if target is None:
             raise OSError(errno.EIO, "the target of this link is neither UTF-8 nor short")
         return target[:length]
-
-    def _within(self, inode: int) -> bytes | None:
-        """Return what an inode keeps within itself, None when it does not."""
-        group, rest = divmod(inode, 1 << (self._group_log + self._inodes_log))
-        block, slot = divmod(rest, 1 << self._inodes_log)
-        offset = (group * self._group_blocks + block) * self._block_bytes + slot * self._inode_bytes
-        content = self._source.pread(offset, self._inode_bytes)
-        if content[:2] != b"IN" or len(content) < self._inode_bytes:
-            raise OSError(errno.EIO, "no inode there")
-        begin = _V3_CORE_BYTES if content[4] == 3 else _V2_CORE_BYTES
-        end = begin + content[82] * 8 if content[82] else self._inode_bytes
-        return content[begin:end] if content[5] == _LOCAL else None
 
     def _short(self, content: bytes) -> Iterator[tuple[bytes, int]]:
         count, wide = content[0], content[1]
@@ -97,8 +80,8 @@ class XfsNames:
 
     def _place(self, offset: int) -> int:
         """Return where an extent lies: libfsxfs (20260901) takes a block number, which has gaps, for a place."""
-        group, block = divmod(offset // self._block_bytes, 1 << self._group_log)
-        return (group * self._group_blocks + block) * self._block_bytes
+        group, block = divmod(offset // self._inodes.block_bytes, 1 << self._inodes.group_log)
+        return (group * self._inodes.group_blocks + block) * self._inodes.block_bytes
 
     def _block(self, content: bytes) -> Iterator[tuple[bytes, int]]:
         single = (_V5_BLOCKS if self._v5 else _V4_BLOCKS).get(content[:4])

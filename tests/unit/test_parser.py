@@ -42,7 +42,7 @@ DECODERS: list[Callable[[Any], Any]] = [
 SMALL, LARGE, TIMES = (
     st.integers(0, (1 << 32) - 1),
     st.integers(0, (1 << 63) - 1),
-    st.integers(-(1 << 63), (1 << 63) - 1),
+    st.integers(-(1 << 66), 1 << 68),
 )
 
 

@@ -1,25 +1,27 @@
-"""The names in a directory of ext2/3/4, and targets of links, as bytes: where libfsext has none (not UTF-8).
+"""The names in a directory, and the targets of ext's links, from the Sleuth Kit: where a libyal library has none.
 
-Runs in the confined process. From the Sleuth Kit, which gives bytes.
+That is of names that are not UTF-8, as the Sleuth Kit gives bytes, and of inodes that a library refuses. Runs in the
+confined process.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, Literal
 
 from clients.files.ranges import Bytes
 
 
-class ExtNames:
+class SleuthkitNames:
     """The names in the directories of one file system; it is opened when first asked."""
 
-    def __init__(self, source: Bytes) -> None:
+    def __init__(self, source: Bytes, kind: Literal["EXT", "NTFS"]) -> None:
         """Take its bytes."""
         self._source = source
+        self._kind = kind
         self._opened: Any = None
 
-    def of(self, inode: int, directory: Any) -> dict[bytes, int]:
+    def of(self, inode: int, directory: object = None) -> dict[bytes, int]:
         """Return a directory's names with their inodes. Raises OSError."""
         import pytsk3
 
@@ -43,7 +45,8 @@ class ExtNames:
         import pytsk3
 
         if self._opened is None:
-            self._opened = pytsk3.FS_Info(sleuthkit_image(self._source), 0, pytsk3.TSK_FS_TYPE_EXT_DETECT)
+            kind = getattr(pytsk3, f"TSK_FS_TYPE_{self._kind}_DETECT")
+            self._opened = pytsk3.FS_Info(sleuthkit_image(self._source), 0, kind)
         return self._opened
 
 
