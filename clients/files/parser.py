@@ -246,13 +246,13 @@ def listed(answer: Any) -> tuple[list[tuple[bytes, wire.Entry | None]], bool]:
 
 def attributes(answer: Any) -> dict[bytes, bytes | None]:
     """Decode the answer to "xattrs"."""
-    found = {bytes(name): None if value is None else bytes(value) for name, value in answer}
+    found = {_bytes(name): None if value is None else _bytes(value) for name, value in answer}
     return {name: value for name, value in found.items() if name and b"\0" not in name}
 
 
 def target(answer: Any) -> bytes:
     """Decode the answer to "link"."""
-    return bytes(answer).split(b"\0")[0][:_LONGEST_LINK]
+    return _bytes(answer).split(b"\0")[0][:_LONGEST_LINK]
 
 
 def layout(answer: Any) -> list[wire.Tree]:
@@ -268,13 +268,19 @@ def ranges(answer: Any) -> list[tuple[int, int]]:
 def contents(answer: Any) -> list[bytes | None]:
     """Decode the answer to "contents", the first of which is there."""
     first, *others = answer
-    return [bytes(first), *(None if other is None else bytes(other) for other in others)]
+    return [_bytes(first), *(None if other is None else _bytes(other) for other in others)]
+
+
+def _bytes(value: Any) -> bytes:
+    """Return what must be bytes: bytes() of a number would take as much memory as that says."""
+    if not isinstance(value, bytes):
+        raise wire.Closed("no bytes")
+    return value
 
 
 def _named(name: Any, values: Any) -> tuple[bytes, wire.Entry | None]:
     """Return an entry with a name that cannot lead out of its directory; one of another name counts as damaged."""
-    if not isinstance(name, bytes):
-        raise wire.Closed("a name that is none")
+    name = _bytes(name)
     if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
         _log.warning("impossible_name", name=repr(name[:_LONGEST_NAME]))
         return _STAND_IN + name.replace(b"/", _STAND_IN).replace(b"\0", _STAND_IN), None

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -112,3 +113,26 @@ def test_a_question_that_no_tree_answers_is_an_error_and_not_an_end(real: Parser
         with pytest.raises(OSError):
             ask()
     assert real.pid == first
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize("answer", [1 << 35, [1 << 35], [[1 << 35, 1 << 35]], [[b"name", 1 << 35]]])
+def test_a_number_where_bytes_belong_takes_no_memory(decode: Callable[[Any], Any], answer: Any) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (1 << 30), limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            parser.decoded(decode, answer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_an_impossible_name_costs_that_name_only() -> None:
+    entry = wire.pack(Entry(12, 0o100644, 1, 0, 0, 5, 5, 0, 0, 0))
+    answer = [[[b"before", entry], [b"../etc/passwd", entry], [b"", entry], [b"a\0b", entry], [b"after", entry]], True]
+    (first, *others, last), complete = parser.decoded(parser.listed, answer)
+    assert complete
+    assert (first[0], last[0]) == (b"before", b"after")
+    assert first[1] == last[1]
+    assert [found for _, found in others] == [None, None, None]
+    assert all(name and b"/" not in name and b"\0" not in name for name, _ in others)
