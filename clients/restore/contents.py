@@ -147,6 +147,10 @@ def _beginning(name: bytes) -> bytes:
 @contextmanager
 def _partial(parent: int, partial: bytes) -> Iterator[int]:
     """Open what an earlier restore left, or a new file. Raises OSError, EBUSY while another restore writes it."""
+    found = status(parent, partial)
+    if found is not None and not _ours(found):
+        # whoever made it, it was not we; or it is dressed, and only its name was wanting
+        os.unlink(partial, dir_fd=parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.open(partial, flags, 0o600, dir_fd=parent)
     try:
@@ -154,20 +158,18 @@ def _partial(parent: int, partial: bytes) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another restore writes it now") from None
-        found = os.fstat(file)
-        if (there := status(parent, partial)) is None or there.st_ino != found.st_ino:
+        opened, found = os.fstat(file), status(parent, partial)
+        if found is None or not os.path.samestat(found, opened) or not _ours(opened):
             raise OSError(errno.EBUSY, "another restore wrote it just now")
-        private = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-        if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and private):
-            # whoever made it, it was not we; or it is dressed, and only its name was wanting
-            os.unlink(partial, dir_fd=parent)
-            fresh = os.open(partial, flags | os.O_EXCL, 0o600, dir_fd=parent)
-            os.close(file)
-            file = fresh
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield file
     finally:
         os.close(file)
+
+
+def _ours(found: os.stat_result) -> bool:
+    """Tell whether nobody but us can have written a file."""
+    private = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and private
 
 
 def _write_sparse(file: int, offset: int, content: bytes) -> None:

@@ -25,6 +25,7 @@ from clients.restore.beneath import Beneath, Parts, handle, itself, status
 from clients.restore.contents import Source, difference, forget_partials, partials, write
 from clients.restore.dressing import Wishes, dress
 
+_DEEPEST = 2048  # no path that the kernel takes names more
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -86,6 +87,10 @@ class Restore:
         for path, found in self._below(top):
             parts = (name, *path.split(b"/"))
             if parts[:-1] in refused:
+                refused.add(parts)
+                continue
+            if len(parts) > _DEEPEST:
+                self._problem(parts, "too deep a directory")
                 refused.add(parts)
                 continue
             if found is None:
