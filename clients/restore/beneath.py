@@ -6,6 +6,7 @@ wanted it to; and it may belong to a user of this host whose number the guest ch
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Self
 Parts = tuple[bytes, ...]
 """A path below the named directory, name by name."""
 
+_DEEPEST = 2048  # no path that the kernel takes has more names
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -49,6 +51,8 @@ class Beneath:
         os.close(self._top)
 
     def _open(self, parts: Parts) -> int:
+        if len(parts) > _DEEPEST:
+            raise OSError(errno.ENAMETOOLONG, "the directory is too deep")
         descriptor = os.dup(self._top)
         for part in parts:
             try:

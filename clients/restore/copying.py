@@ -25,7 +25,6 @@ from clients.restore.beneath import Beneath, Parts, handle, itself, status
 from clients.restore.contents import Source, difference, forget_partials, partials, write
 from clients.restore.dressing import Wishes, dress
 
-_DEEPEST = 2048  # no path that the kernel takes names more
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -81,22 +80,21 @@ class Restore:
         """
         top = _Item(tree, origin, entry, (name,))
         self._one(top)
-        if top.kind != stat.S_IFDIR:
-            return
-        made, refused = [top], set[Parts]()
+        if top.kind == stat.S_IFDIR:
+            self._dress_directories([top, *self._fill(top)])
+
+    def _fill(self, top: _Item) -> list[_Item]:
+        """Make all below a directory; return the directories, a parent before what is in it."""
+        made, refused = [], set[Parts]()
         for path, found in self._below(top):
-            parts = (name, *path.split(b"/"))
+            parts = (*top.parts, *path.split(b"/"))
             if parts[:-1] in refused:
-                refused.add(parts)
-                continue
-            if len(parts) > _DEEPEST:
-                self._problem(parts, "too deep a directory")
                 refused.add(parts)
                 continue
             if found is None:
                 self._problem(parts, "damaged in the snapshot")
                 continue
-            item = _Item(tree, origin, found, parts)
+            item = _Item(top.tree, top.origin, found, parts)
             try:
                 self._one(item)
             except OSError as error:
@@ -108,7 +106,10 @@ class Restore:
             else:
                 if item.kind == stat.S_IFDIR:
                     made.append(item)
-        # last of all, and the deepest first: writing into a directory changes its time
+        return made
+
+    def _dress_directories(self, made: list[_Item]) -> None:
+        """Dress directories, last of all and the deepest first: writing into a directory changes its time."""
         for item in reversed(made):
             try:
                 with self._beneath.opened(item.parts) as descriptor:

@@ -127,6 +127,7 @@ def test_only_what_was_left_of_other_files_of_the_name_is_forgotten(parent: int,
 def test_two_restores_do_not_write_one_file(parent: int, tmp_path: Path) -> None:
     file = source()
     with (tmp_path / os.fsdecode(file.partial(b"name"))).open("wb") as theirs:
+        os.fchmod(theirs.fileno(), 0o600)
         fcntl.flock(theirs, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="another restore writes it now"):
             write(file, parent, b"name", lambda _: None, lambda _: None)
