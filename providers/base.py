@@ -9,6 +9,8 @@ Every verb may be repeated after a crash at any line, its own or the gateway's, 
 begun. What a verb raises is a ProviderError; it has then left nothing behind that was not there before,
 except where it says otherwise.
 
+What verbs raise is in errors.py, what they take and return in values.py; all of it is imported from here.
+
 A provider is found by the entry point group ``frostgate.providers``; tests/conformance is this contract in
 executable form.
 """
@@ -17,250 +19,82 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import ClassVar, Self
 
 from pydantic import BaseModel
 
+from providers.errors import (
+    Cancelled,
+    CapabilityMissing,
+    CopyFailed,
+    GroupBusy,
+    InvalidName,
+    LimitExceeded,
+    PoolFull,
+    PoolUnavailable,
+    ProviderError,
+    SnapshotDamaged,
+    SnapshotExists,
+    SnapshotInUse,
+    SnapshotNotFound,
+    VmBusy,
+    VolumeChanged,
+    VolumeExists,
+    VolumeInUse,
+    VolumeNotFound,
+)
+from providers.values import (
+    Attachment,
+    Capabilities,
+    DiskSource,
+    Extent,
+    GroupSpec,
+    Member,
+    Space,
+    StoredGroup,
+    Volume,
+    VolumeSpec,
+)
+
+__all__ = [
+    "Attachment",
+    "BlockReader",
+    "Cancelled",
+    "Capabilities",
+    "CapabilityMissing",
+    "CopyFailed",
+    "DiskSource",
+    "Extent",
+    "GroupBusy",
+    "GroupSpec",
+    "InvalidName",
+    "LimitExceeded",
+    "Member",
+    "PoolFull",
+    "PoolUnavailable",
+    "Provider",
+    "ProviderError",
+    "ReportProgress",
+    "SnapshotDamaged",
+    "SnapshotExists",
+    "SnapshotInUse",
+    "SnapshotNotFound",
+    "Space",
+    "StoredGroup",
+    "VmBusy",
+    "Volume",
+    "VolumeChanged",
+    "VolumeExists",
+    "VolumeInUse",
+    "VolumeNotFound",
+    "VolumeSpec",
+]
+
 ReportProgress = Callable[[int, int], None]
 """Called with (done_bytes, total_bytes) as work goes on. Raises Cancelled when the work should stop: let it
 pass, after removing what is half made."""
-
-
-class ProviderError(Exception):
-    """What a storage can answer other than success.
-
-    Each class carries the contract's stable `reason`; `metadata` has the offending names.
-    """
-
-    reason: ClassVar[str] = "INTERNAL"
-
-    def __init__(self, message: str, **metadata: str) -> None:
-        """Take a message that says what to do, and the offending names (volume=..., group=...)."""
-        super().__init__(message)
-        self.message = message
-        self.metadata = metadata
-
-
-class VolumeNotFound(ProviderError):
-    """The pool has no such volume."""
-
-    reason = "VOLUME_NOT_FOUND"
-
-
-class VolumeInUse(ProviderError):
-    """Somebody has the volume open, and the verb needs it closed. Name who in the message."""
-
-    reason = "VOLUME_IN_USE"
-
-
-class VolumeChanged(ProviderError):
-    """The volume is not what prepare() saw any more: resized, replaced or written meanwhile."""
-
-    reason = "VOLUME_CHANGED"
-
-
-class VmBusy(ProviderError):
-    """The hypervisor has another job for the VM (a backup, a migration), beside which it cannot cut."""
-
-    reason = "VM_BUSY"
-
-
-class CopyFailed(ProviderError):
-    """What was cut could not be copied to its end: the VM stopped, or its hypervisor gave up. Nothing is left."""
-
-    reason = "COPY_FAILED"
-
-
-class PoolFull(ProviderError):
-    """No room. Everything the verb had begun is removed."""
-
-    reason = "POOL_FULL"
-
-
-class PoolUnavailable(ProviderError):
-    """The storage does not answer, or not as it should. Trying again later can help."""
-
-    reason = "POOL_UNAVAILABLE"
-
-
-class CapabilityMissing(ProviderError):
-    """This storage cannot do that, now or for this volume."""
-
-    reason = "CAPABILITY_MISSING"
-
-
-class SnapshotNotFound(ProviderError):
-    """The storage has no finished snapshot of that group and volume."""
-
-    reason = "SNAPSHOT_DAMAGED"
-
-
-class SnapshotDamaged(ProviderError):
-    """What the storage has of a snapshot is not what it was: changed, or unreadable for good."""
-
-    reason = "SNAPSHOT_DAMAGED"
-
-
-class SnapshotExists(ProviderError):
-    """The storage has a finished snapshot of that id, of which the journal does not know. It stays untouched."""
-
-    reason = "GROUP_SNAPSHOT_EXISTS"
-
-
-class SnapshotInUse(ProviderError):
-    """A snapshot cannot be deleted because something on the storage needs it. Name what in the message."""
-
-    reason = "SNAPSHOT_IN_USE"
-
-
-class VolumeExists(ProviderError):
-    """A volume to be made is there already, and is another."""
-
-    reason = "VOLUME_EXISTS"
-
-
-class InvalidName(ProviderError):
-    """A name that this storage cannot have."""
-
-    reason = "INVALID_ARGUMENT"
-
-
-class LimitExceeded(ProviderError):
-    """More volumes than max_members, or another limit of the storage."""
-
-    reason = "LIMIT_EXCEEDED"
-
-
-class GroupBusy(ProviderError):
-    """Another gateway works on that group snapshot. Trying again later can help."""
-
-    reason = "OPERATION_PENDING"
-
-
-class Cancelled(ProviderError):
-    """The work was given up because the group is being deleted or the gateway stops."""
-
-    reason = "OPERATION_PENDING"
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a pool can do; the fields are those of frostgate.v1.PoolCapabilities."""
-
-    atomic_group: bool = False
-    instant_cut: bool = False
-    revert: bool = False
-    instant_revert: bool = False
-    online_revert: bool = False
-    clone: bool = False
-    read_blocks: bool = False
-    allocated_extents: bool = False
-    changed_extents: bool = False
-    max_members: int = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """Room on the storage, in bytes."""
-
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """One virtual disk. `size_bytes` is what the guest sees; `users` says in words who writes to it."""
-
-    name: str
-    size_bytes: int
-    allocated_bytes: int
-    format: str
-    in_use: bool = False
-    users: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DiskSource:
-    """Where a disk lies as libvirt says it; exactly one of the three is set.
-
-    `rbd` is "pool/image" or "pool/namespace/image".
-    """
-
-    file: str | None = None
-    rbd: str | None = None
-    block_device: str | None = None
-    monitors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """The running VM that a caller says has a volume attached: to be checked, never believed.
-
-    `hypervisor` is the host's name as libvirt gives it, `domain` the UUID, `disk` the target ("vda").
-    """
-
-    hypervisor: str
-    domain: str
-    disk: str
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeSpec:
-    """One volume to snapshot; `format` is None when the caller did not say."""
-
-    name: str
-    format: str | None = None
-    attachment: Attachment | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One volume's snapshot. `handle` is the storage's own name for it, empty before the cut.
-
-    `mode` says in a word how it is cut ("clone", "backup", "copy"); `local_path` is its image file on this host, or "".
-    `atomic` members of a group are cut by one operation of the storage.
-    """
-
-    volume: str
-    size_bytes: int
-    format: str
-    mode: str
-    handle: str = ""
-    local_path: str = ""
-    atomic: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSpec:
-    """What prepare() is asked for: this pool's share of a group snapshot."""
-
-    group: str
-    volumes: tuple[VolumeSpec, ...]
-    allow_copy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StoredGroup:
-    """A group snapshot that the storage itself says exists.
-
-    `record` is what describe() left with it (empty when it never came to that).
-    """
-
-    group: str
-    cut_time: datetime | None
-    members: tuple[Member, ...]
-    record: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A range of bytes that is not a hole."""
-
-    offset: int
-    length: int
 
 
 class BlockReader(ABC):
