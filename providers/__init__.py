@@ -1,1 +1,1 @@
-"""Storage implementations behind the contract: one package per storage, each importing only base."""
+"""Storage implementations behind the contract: one package per storage, base.py below them."""

@@ -18,6 +18,7 @@ import rados
 import rbd
 
 from providers.base import Extent
+from providers.extents import clipped, merged
 
 _BLOCK = 4096
 _STATS_A_TASK = 64
@@ -38,41 +39,25 @@ class View:
 
 def allocated(view: View, offset: int, length: int, *, coarse: bool) -> Iterator[Extent]:
     """Yield what is not a hole, ascending, merged; by objects when `coarse`."""
-    end = offset + length
-    pending: Extent | None = None
-    while offset < end:
-        part = min(_SCAN_BYTES, end - offset)
-        found: list[Extent] = []
-
-        def add(start: int, size: int, exists: bool, found: list[Extent] = found) -> None:
-            if exists:
-                found.append(Extent(start, size))
-
-        view.image.diff_iterate(offset, part, None, add, include_parent=True, whole_object=coarse)
-        offset += part
-        for extent in found:
-            if pending and pending.offset + pending.length == extent.offset:
-                pending = Extent(pending.offset, pending.length + extent.length)
-            else:
-                if pending:
-                    yield pending
-                pending = extent
-    if pending:
-        yield pending
+    found = _iterated(view.image, None, offset, offset + length, coarse=coarse)
+    yield from merged(extent for extent, exists in found if exists)
 
 
 def since_snapshot(newer: View, base_name: str, *, coarse: bool) -> Iterator[Extent]:
     """Yield what changed since a snapshot of the same image that librbd knows by name."""
-    size = newer.image.size()
-    for offset in range(0, size, _SCAN_BYTES):
-        found: list[Extent] = []
-        newer.image.diff_iterate(
-            offset,
-            min(_SCAN_BYTES, size - offset),
-            base_name,
-            lambda start, length, _exists, found=found: found.append(Extent(start, length)),
-            whole_object=coarse,
-        )
+    for extent, _ in _iterated(newer.image, base_name, 0, newer.image.size(), coarse=coarse):
+        yield extent
+
+
+def _iterated(image: Any, base: str | None, offset: int, end: int, *, coarse: bool) -> Iterator[tuple[Extent, bool]]:
+    """Yield what diff_iterate finds, and whether there is data in it; asked part by part, to hold no more than one."""
+    for start in range(offset, end, _SCAN_BYTES):
+        found: list[tuple[Extent, bool]] = []
+
+        def add(at: int, length: int, exists: bool, found: list[tuple[Extent, bool]] = found) -> None:
+            found.append((Extent(at, length), exists))
+
+        image.diff_iterate(start, min(_SCAN_BYTES, end - start), base, add, include_parent=True, whole_object=coarse)
         yield from found
 
 
@@ -149,9 +134,7 @@ def exact(older: View, newer: View, found: Iterator[Extent], executor: Executor)
     while batch := list(islice(found, 8)):
         compared = executor.map(lambda window: differences(older, newer, window)[1], batch)
         for window, runs in zip(batch, compared, strict=True):
-            for run in runs:
-                if (offset := window.offset + run.offset) < size:
-                    yield Extent(offset, min(run.length, size - offset))
+            yield from clipped((Extent(window.offset + run.offset, run.length) for run in runs), size)
 
 
 def set_equal(source: View, target: Any, found: Sequence[Extent], executor: Executor) -> Iterator[int]:

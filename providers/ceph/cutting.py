@@ -13,7 +13,7 @@ Sources: librbd/api/Group.cc (snap_create, group_snap_remove_by_record), `rbd he
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from datetime import datetime
@@ -28,6 +28,7 @@ from providers.ceph import store
 from providers.ceph.cluster import read_omap
 from providers.ceph.images import RETIRED, opened, opened_by_id
 from providers.ceph.store import Manifest, StoredMember
+from providers.parallel import together
 
 SNAPSHOT = "cut"
 """Name of the one snapshot of the RBD group."""
@@ -44,7 +45,7 @@ def reserve(context: Any, spec: GroupSpec, cut_by: Literal["group", "parallel"],
     What this leaves when it raises (VolumeNotFound, InvalidName, Ceph's errors) remove() takes away.
     """
     names = [volume.name for volume in spec.volumes]
-    members = _together(executor, [partial(_looked_at, context, name, cut_by) for name in names])
+    members = together(executor, [partial(_looked_at, context, name, cut_by) for name in names])
     manifest = Manifest(group=spec.group, state="reserved", members=members)
     store.reserve(context, manifest)
     if manifest.in_group():
@@ -96,7 +97,7 @@ def cut(context: Any, manifest: Manifest, executor: Executor) -> None:
     work += [partial(_snap, context, manifest, member) for member in manifest.alone()]
     if manifest.in_group():
         work.append(partial(_snap_group, context, manifest))
-    _together(executor, work)
+    together(executor, work)
 
 
 def _snap_group(context: Any, manifest: Manifest) -> None:
@@ -157,7 +158,7 @@ def settle(context: Any, manifest: Manifest, cut_time: datetime, record: str, ex
 
     Raises VolumeChanged when a snapshot did not come to be.
     """
-    _together(executor, [partial(_find, context, manifest, member) for member in manifest.members])
+    together(executor, [partial(_find, context, manifest, member) for member in manifest.members])
     _let_go(context, manifest)
     finished = manifest.model_copy(update={"state": "settled", "cut_time": cut_time, "record": record})
     store.write(context, finished)
@@ -283,14 +284,3 @@ def _remove_retired(context: Any, member: StoredMember) -> None:
             return
     with suppress(rbd.ImageHasSnapshots, rbd.ImageBusy):  # a snapshot in the trash, for a clone that was not flattened
         rbd.RBD().remove(context, name)
-
-
-def _together(executor: Executor, work: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run everything at once; return the results, or raise the first error after all have ended."""
-    if len(work) == 1:
-        return [work[0]()]
-    begun = [executor.submit(part) for part in work]
-    errors = [error for part in begun if (error := part.exception())]
-    if errors:
-        raise errors[0]
-    return [part.result() for part in begun]

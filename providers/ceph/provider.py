@@ -26,11 +26,9 @@ from providers.base import (
     Extent,
     GroupSpec,
     InvalidName,
-    LimitExceeded,
     Member,
     Provider,
     ReportProgress,
-    SnapshotExists,
     SnapshotNotFound,
     Space,
     StoredGroup,
@@ -45,6 +43,8 @@ from providers.ceph.cluster import Cluster
 from providers.ceph.options import CephOptions
 from providers.ceph.reading import RbdReader
 from providers.ceph.store import Manifest
+from providers.extents import clipped
+from providers.refusals import check_count, not_in_journal
 
 log = structlog.get_logger()
 
@@ -130,19 +130,14 @@ class CephProvider(Provider):
 
     def prepare(self, spec: GroupSpec) -> list[Member]:
         """See Provider. Waits until an earlier change of ours to the OSD map cannot delay the cut any more."""
-        if len(spec.volumes) > _MAX_MEMBERS:
-            raise LimitExceeded(f"at most {_MAX_MEMBERS} volumes", limit="max_members", maximum=str(_MAX_MEMBERS))
+        check_count(spec, _MAX_MEMBERS)
         for volume in spec.volumes:
             if volume.format not in (None, "raw"):
                 raise InvalidName(f"volume {volume.name}: an RBD image is raw, not {volume.format}", volume=volume.name)
         with self._cluster.opened() as context:
             earlier = store.read(context, spec.group)
             if earlier and earlier.state == "settled":
-                raise SnapshotExists(
-                    f"the storage has a snapshot {spec.group} that this gateway's journal does not know: "
-                    "run `frostgate reconcile`, or choose another id",
-                    group=spec.group,
-                )
+                raise not_in_journal(spec.group)
             if earlier:
                 cutting.remove(context, earlier, _silent)
             try:
@@ -322,12 +317,7 @@ class CephProvider(Provider):
                     older = View(older_image, older_member.snap_id)
                     found = changes.windows(older, newer, self._open_data, self._executor)
                     if coarse:
-                        size = image.size()
-                        yield from (
-                            Extent(window.offset, min(window.length, size - window.offset))
-                            for window in found
-                            if window.offset < size
-                        )
+                        yield from clipped(found, image.size())
                     else:
                         yield from changes.exact(older, newer, found, self._executor)
 

@@ -35,6 +35,7 @@ from providers.ceph.images import (
     users,
 )
 from providers.ceph.store import Manifest, StoredMember
+from providers.extents import clipped
 
 log = structlog.get_logger()
 
@@ -179,11 +180,7 @@ def _written_back(context: Any, manifest: Manifest, held: Held, executor: Execut
     member = manifest.member(held.volume)
     if held.image.size() != member.size_bytes:
         held.image.resize(member.size_bytes)
-    windows = [
-        Extent(window.offset, min(window.length, member.size_bytes - window.offset))
-        for window in held.windows
-        if window.offset < member.size_bytes
-    ]
+    windows = list(clipped(held.windows, member.size_bytes))
     with opened_member(context, manifest, held.volume) as snapshot:
         yield from changes.set_equal(View(snapshot, member.snap_id), held.image, windows, executor)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from providers.base import BlockReader, Extent
+from providers.extents import merged
 from providers.nfs import fiemap, qemu
 
 _BLOCK = 4096
@@ -50,7 +51,7 @@ def changed(newer: Side, base: Side, *, cloning: bool, coarse: bool) -> Iterator
     if coarse and cloning:
         yield from both
         return
-    yield from _merged(_differing(newer.reader, base.reader, both))
+    yield from merged(_differing(newer.reader, base.reader, both))
 
 
 def _allocated(side: Side, size: int) -> Iterator[Extent]:
@@ -74,22 +75,7 @@ def _union(first: Iterator[Extent], second: Iterator[Extent]) -> Iterator[Extent
                 yield other
                 other = next(second, None)
 
-    yield from _merged(ascending())
-
-
-def _merged(extents: Iterator[Extent]) -> Iterator[Extent]:
-    """Join what touches or overlaps."""
-    pending: Extent | None = None
-    for extent in extents:
-        if pending and extent.offset <= pending.offset + pending.length:
-            end = max(pending.offset + pending.length, extent.offset + extent.length)
-            pending = Extent(pending.offset, end - pending.offset)
-        else:
-            if pending:
-                yield pending
-            pending = extent
-    if pending:
-        yield pending
+    yield from merged(ascending())
 
 
 def _without(extents: Iterator[Extent], taken: Iterator[Extent]) -> Iterator[Extent]:

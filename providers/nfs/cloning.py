@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel
 
-from providers.base import InvalidName, PoolFull, ReportProgress, VolumeExists, VolumeNotFound
-from providers.nfs import layout, restoring
+from providers.base import InvalidName, ReportProgress, VolumeExists, VolumeNotFound
+from providers.nfs import copying, layout, restoring
 from providers.nfs.beneath import check_name, open_beneath, open_volume
 from providers.nfs.images import Format, format_of
 
@@ -85,18 +85,9 @@ def clone(
 
 
 def _fill(root_fd: int, source: restoring.Source, new: int, progress: ReportProgress, cloning: bool) -> None:
-    total, done = source.cost_bytes(cloning=cloning), 0
-    space = os.fstatvfs(root_fd)
-    if total > space.f_bavail * space.f_frsize:
-        raise PoolFull(f"the clone needs {total} bytes; make room")
-
-    def report(length: int) -> None:
-        nonlocal done
-        done += length
-        progress(min(done, total), total)
-
-    progress(0, total)
-    restoring.write(source, new, report, cloning=cloning)
+    total = source.cost_bytes(cloning=cloning)
+    copying.check_room(root_fd, total, "the clone")
+    restoring.write(source, new, copying.Copied(progress, total).add, cloning=cloning)
     source.member.attributes.put_on(new)
     os.fsync(new)
 

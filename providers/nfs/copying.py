@@ -7,12 +7,36 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 
-from providers.base import Extent
+from providers.base import Extent, PoolFull, ReportProgress
 
 _FICLONE = 0x40049409
 _CHUNK_BYTES = 16 * 1024 * 1024
 CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EXDEV)
 """What a file system answers that cannot share blocks."""
+
+
+class Copied:
+    """Adds up what has been copied, and reports it, never more than the total."""
+
+    def __init__(self, progress: ReportProgress, total_bytes: int) -> None:
+        """Report that nothing is done yet. Raises Cancelled."""
+        self.done_bytes = 0
+        self._progress = progress
+        self._total_bytes = total_bytes
+        progress(0, total_bytes)
+
+    def add(self, length: int) -> None:
+        """Count bytes that are done. Raises Cancelled."""
+        self.done_bytes += length
+        self._progress(min(self.done_bytes, self._total_bytes), self._total_bytes)
+
+
+def check_room(root_fd: int, needed_bytes: int, what: str) -> None:
+    """Raise PoolFull when the file system cannot take that much more. `what` needs it, in words. Raises OSError."""
+    space = os.fstatvfs(root_fd)
+    free = space.f_bavail * space.f_frsize
+    if needed_bytes > free:
+        raise PoolFull(f"{what} needs {needed_bytes} bytes and {free} are free; make room")
 
 
 def clone(source: int, target: int) -> None:

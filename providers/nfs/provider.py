@@ -23,7 +23,6 @@ from providers.base import (
     DiskSource,
     Extent,
     GroupSpec,
-    LimitExceeded,
     Member,
     Provider,
     ProviderError,
@@ -54,6 +53,7 @@ from providers.nfs.beneath import check_name, directory, is_volume_name, open_vo
 from providers.nfs.images import format_of, virtual_size
 from providers.nfs.ongoing import Ongoing
 from providers.nfs.options import NfsOptions
+from providers.refusals import check_count, not_in_journal
 
 log = structlog.get_logger()
 
@@ -147,8 +147,7 @@ class NfsProvider(Provider):
 
     def prepare(self, spec: GroupSpec) -> list[Member]:
         """See Provider."""
-        if len(spec.volumes) > _MAX_MEMBERS:
-            raise LimitExceeded(f"at most {_MAX_MEMBERS} volumes", limit="max_members", maximum=str(_MAX_MEMBERS))
+        check_count(spec, _MAX_MEMBERS)
         earlier = self._ongoing.reservation(spec.group)
         if earlier and earlier.spec == spec:
             return [reservation.member_of(part.stored) for part in earlier.parts]
@@ -371,8 +370,4 @@ class NfsProvider(Provider):
             layout.manifest(root, group)
         except SnapshotNotFound as error:
             raise SnapshotExists(f"{error.message}; look at it, remove it, or choose another id", group=group) from None
-        raise SnapshotExists(
-            f"the storage has a snapshot {group} that this gateway's journal does not know: "
-            "run `frostgate reconcile`, or choose another id",
-            group=group,
-        )
+        raise not_in_journal(group)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from providers.base import GroupSpec, Member, PoolFull, ReportProgress, VolumeChanged, VolumeNotFound, VolumeSpec
+from providers.base import GroupSpec, Member, ReportProgress, VolumeChanged, VolumeNotFound, VolumeSpec
 from providers.nfs import backup, chains, copying, imagelock, layout, locks, qcow2
 from providers.nfs.beneath import close_all, directory, open_beneath, open_file, open_volume
 from providers.nfs.images import Format, format_of, virtual_size
+from providers.parallel import together
 
 Mode: TypeAlias = Literal["clone", "backup", "copy", "copy-inside"]
 
@@ -179,10 +180,7 @@ def _check_room(root_fd: int, parts: Sequence[Part]) -> None:
     for part in parts:
         planned = part.stored.backup
         needed += planned.changed_bytes if planned and planned.base else os.fstat(part.source).st_blocks * 512
-    space = os.fstatvfs(root_fd)
-    free = space.f_bavail * space.f_frsize
-    if needed > free:
-        raise PoolFull(f"copying the volumes needs {needed} bytes and {free} are free; make room")
+    copying.check_room(root_fd, needed, "copying the volumes")
 
 
 def cut(reservation: Reservation, executor: Executor, backups: backup.Backups) -> None:
@@ -200,13 +198,7 @@ def cut(reservation: Reservation, executor: Executor, backups: backup.Backups) -
     work = [partial(_cut_part, part) for part in parts if not part.stored.backup]
     if by_hypervisors:
         work.append(partial(backups.cut, reservation.spec.group, by_hypervisors))
-    if len(work) == 1:
-        work[0]()
-    else:
-        done = [executor.submit(one) for one in work]
-        wait(done)  # also when one fails: the caller closes what the others still work on
-        for future in done:
-            future.result()
+    together(executor, work)  # all have ended when one fails: the caller closes what they work on
     for part in parts:
         # a clone's own size: a qcow2 volume may have grown since
         part.stored.file_bytes = os.fstat(part.target if part.stored.mode == "clone" else part.source).st_size
@@ -317,23 +309,17 @@ def settle(
     """
     if any(part.lost for part in reservation.parts):
         raise VolumeChanged(f"the storage could not write what was cut for {reservation.spec.group}")
-    copied = [part for part in reservation.parts if part.stored.mode == "copy"]
-    total = sum(os.fstat(part.source).st_blocks * 512 for part in copied)
-    done = 0
-
-    def report(length: int) -> None:
-        nonlocal done
-        done += length
-        progress(min(done, total), total)
-
-    progress(0, total)
-    if copied:
-        _keep_sources(reservation, copied)
-    for part in copied:
-        copying.copy(part.source, part.target, report)
+    locked = [part for part in reservation.parts if part.stored.mode == "copy"]
+    total = sum(os.fstat(part.source).st_blocks * 512 for part in locked)
+    copied = copying.Copied(progress, total)
+    if locked:
+        _keep_sources(reservation, locked)
+    for part in locked:
+        copying.copy(part.source, part.target, copied.add)
         _check_unwritten(part)
     by_hypervisors = [part.stored for part in reservation.parts if part.stored.backup]
     if by_hypervisors:
+        done = copied.done_bytes
         backups.wait(reservation.spec.group, by_hypervisors, lambda part, whole: progress(done + part, total + whole))
     for part in reservation.parts:
         if part.stored.backup:

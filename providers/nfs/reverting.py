@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from providers.base import CapabilityMissing, PoolFull, ReportProgress, SnapshotNotFound, VolumeNotFound
-from providers.nfs import imagelock, layout, restoring
+from providers.base import CapabilityMissing, ReportProgress, SnapshotNotFound, VolumeNotFound
+from providers.nfs import copying, imagelock, layout, restoring
 from providers.nfs.beneath import close_all, directory, open_beneath, open_volume
 
 _STAGED = ".staged.json"
@@ -79,21 +79,12 @@ def _fill(
     cloning: bool,
 ) -> None:
     total = sum(source.cost_bytes(cloning=cloning) for source in sources)
-    space = os.fstatvfs(root_fd)
-    if total > space.f_bavail * space.f_frsize:
-        raise PoolFull(f"setting the volumes back needs {total} bytes; make room")
-    done = 0
-
-    def report(length: int) -> None:
-        nonlocal done
-        done += length
-        progress(min(done, total), total)
-
-    progress(0, total)
+    copying.check_room(root_fd, total, "setting the volumes back")
+    copied = copying.Copied(progress, total)
     for source in sources:
         target = open_beneath(staging_fd, source.member.volume, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            restoring.write(source, target, report, cloning=cloning)
+            restoring.write(source, target, copied.add, cloning=cloning)
             _attributes(root_fd, source.member).put_on(target)
             os.fsync(target)
         finally:

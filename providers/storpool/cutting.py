@@ -13,7 +13,7 @@ taken for another's, and removed (late.py).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from providers.base import (
     VolumeChanged,
     VolumeNotFound,
 )
+from providers.parallel import together
 from providers.storpool import tags
 from providers.storpool.cluster import Busy, Cluster, Missing
 from providers.storpool.devices import Devices
@@ -211,14 +212,3 @@ def in_use(objects: Objects, devices: Devices, snapshots: Sequence[Found], why: 
         users=", ".join(users),
         clones=",".join(children),
     )
-
-
-def together(executor: Executor, work: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run everything at once; return the results, or raise the first error after all have ended."""
-    if len(work) == 1:
-        return [work[0]()]
-    begun = [executor.submit(part) for part in work]
-    errors = [error for part in begun if (error := part.exception())]
-    if errors:
-        raise errors[0]
-    return [part.result() for part in begun]

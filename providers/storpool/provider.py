@@ -23,11 +23,9 @@ from providers.base import (
     Extent,
     GroupSpec,
     InvalidName,
-    LimitExceeded,
     Member,
     Provider,
     ReportProgress,
-    SnapshotExists,
     SnapshotNotFound,
     Space,
     StoredGroup,
@@ -36,6 +34,7 @@ from providers.base import (
     VolumeExists,
     VolumeNotFound,
 )
+from providers.refusals import check_count, not_in_journal
 from providers.storpool import cutting, reverting, tags
 from providers.storpool.cluster import Cluster, Exists
 from providers.storpool.cutting import Reservation, shown
@@ -121,19 +120,14 @@ class StorPoolProvider(Provider):
 
     def prepare(self, spec: GroupSpec) -> list[Member]:
         """See Provider."""
-        if len(spec.volumes) > _MAX_MEMBERS:
-            raise LimitExceeded(f"at most {_MAX_MEMBERS} volumes", limit="max_members", maximum=str(_MAX_MEMBERS))
+        check_count(spec, _MAX_MEMBERS)
         for volume in spec.volumes:
             if volume.format not in (None, "raw"):
                 raise InvalidName(f"volume {volume.name}: StorPool's are raw, not {volume.format}", volume=volume.name)
         self._devices.client()  # or the record could not be written after the cut
         record = self._store.find(spec.group)
         if record and is_settled(record):
-            raise SnapshotExists(
-                f"the storage has a snapshot {spec.group} that this gateway's journal does not know: "
-                "run `frostgate reconcile`, or choose another id",
-                group=spec.group,
-            )
+            raise not_in_journal(spec.group)
         reservation = cutting.reserve(self._objects, spec, self._executor)
         self._remove_unfinished(spec.group, record)
         with self._lock:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from providers.base import BlockReader, Extent, PoolUnavailable
+from providers.extents import merged
 from providers.storpool.devices import Devices
 from providers.storpool.objects import Found
 
@@ -52,7 +53,7 @@ class DeviceReader(BlockReader):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """See BlockReader."""
-        yield from _merged(self._not_zero(offset, offset + length))
+        yield from merged(self._not_zero(offset, offset + length))
 
     def data(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (begin, end) of what may have data: all of it, unless the device is a file with holes."""
@@ -86,7 +87,7 @@ class DeviceReader(BlockReader):
 
 def differences(newer: DeviceReader, older: DeviceReader) -> Iterator[Extent]:
     """Yield what of the newer member is not the same in the older one, in blocks of 4 KiB."""
-    yield from _merged(_differing_windows(newer, older))
+    yield from merged(_differing_windows(newer, older))
 
 
 def _differing_windows(newer: DeviceReader, older: DeviceReader) -> Iterator[Extent]:
@@ -107,17 +108,3 @@ def _differing(offset: int, one: bytes, other: bytes) -> Iterator[Extent]:
         block = one[begin : begin + _BLOCK]
         if block != other[begin : begin + _BLOCK]:
             yield Extent(offset + begin, len(block))
-
-
-def _merged(extents: Iterator[Extent]) -> Iterator[Extent]:
-    """Yield ascending extents with those that touch made one."""
-    last: Extent | None = None
-    for extent in extents:
-        if last is not None and last.offset + last.length == extent.offset:
-            last = Extent(last.offset, last.length + extent.length)
-            continue
-        if last is not None:
-            yield last
-        last = extent
-    if last is not None:
-        yield last
