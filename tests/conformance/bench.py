@@ -2,6 +2,8 @@
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -138,6 +140,18 @@ class Bench:
                 self.storage.remove(volume, pool)
             except FileNotFoundError:
                 continue  # the test had removed it itself
+
+
+@contextmanager
+def watched(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Clean up after a test; meanwhile the gateway must log nothing but what its `expects_log` marks say."""
+    before = len(bench.gateway.log())
+    yield bench
+    bench.clean()
+    expected = [marker.args[0] for marker in request.node.iter_markers("expects_log")]
+    for line in bench.gateway.log()[before:]:
+        if line.get("level") in ("warning", "error", "garbage") and line["event"] not in expected:
+            raise AssertionError(f"the gateway logged {line}")
 
 
 def refused(reason: str) -> Any:

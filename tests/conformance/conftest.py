@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.bench import Bench, refused
+from tests.conformance.bench import Bench, refused, watched
 from tests.conformance.ceph import Ceph
 from tests.conformance.storages import Directory, Storage
 from tests.conformance.storpool import Storpool
@@ -58,14 +58,8 @@ def gateway(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def bench(storage: Storage, gateway: GatewayProcess, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """What most tests use. The gateway must log nothing unexpected meanwhile."""
-    made = Bench(storage, gateway)
-    before = len(gateway.log())
-    yield made
-    made.clean()
-    expected = [marker.args[0] for marker in request.node.iter_markers("expects_log")]
-    for line in gateway.log()[before:]:
-        if line.get("level") in ("warning", "error", "garbage") and line["event"] not in expected:
-            raise AssertionError(f"the gateway logged {line}")
+    with watched(Bench(storage, gateway), request) as made:
+        yield made
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.bench import Bench
+from tests.conformance.bench import Bench, watched
 from tests.conformance.storages import Directory
 from tests.gateway_process import GatewayProcess
 from tests.nfs import relay
@@ -129,21 +129,12 @@ def _started(storage: OverNfs, directory: Path, cut_timeout_s: float) -> Iterato
 @pytest.fixture
 def bench(storage: OverNfs, gateway: GatewayProcess, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Short words for the patient gateway; it must log nothing unexpected meanwhile."""
-    yield from _watched(storage, gateway, request)
+    with watched(SlowBench(storage, gateway), request) as made:
+        yield made
 
 
 @pytest.fixture
 def hasty(storage: OverNfs, hasty_gateway: GatewayProcess, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """The same for the other gateway."""
-    yield from _watched(storage, hasty_gateway, request)
-
-
-def _watched(storage: OverNfs, gateway: GatewayProcess, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = SlowBench(storage, gateway)
-    before = len(gateway.log())
-    yield made
-    made.clean()
-    expected = [marker.args[0] for marker in request.node.iter_markers("expects_log")]
-    for line in gateway.log()[before:]:
-        if line.get("level") in ("warning", "error", "garbage") and line["event"] not in expected:
-            raise AssertionError(f"the gateway logged {line}")
+    with watched(SlowBench(storage, hasty_gateway), request) as made:
+        yield made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ R = TypeVar("R", bound="Record")
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(ABC):
     """Anything that is kept under a key."""
 
     @property
+    @abstractmethod
     def key(self) -> str:
         """What no two records of a class share."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
