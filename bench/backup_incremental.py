@@ -48,9 +48,7 @@ def measure(process: GatewayProcess, hypervisor: Hypervisor, pool: Path) -> None
     _fill(pool / "data.qcow2")
     disks = [Disk(create_disk(pool / "root.raw", 256 * MIB, "ext4")), Disk(pool / "data.qcow2", "qcow2")]
     machine = Machine(hypervisor, "bench", disks, writer=True)
-    try:
-        machine.start()
-        machine.wait_agent()
+    with machine.running():
         ready(process, hypervisor, "first")
         write = f"dd if=/dev/urandom of=/dev/vdb bs=64k seek=1000 count={CHANGED // 65536} conv=notrunc && sync"
         code, said = machine.exec(["/bin/sh", "-c", write], timeout_s=300)
@@ -60,8 +58,6 @@ def measure(process: GatewayProcess, hypervisor: Hypervisor, pool: Path) -> None
         ours = (pool / ".frostgate" / "second" / "data.qcow2").stat().st_blocks * 512
         theirs_s = full_copy(machine, pool / "full.qcow2")
         theirs = (pool / "full.qcow2").stat().st_blocks * 512
-    finally:
-        machine.undefine()
     print(f"second snapshot after 1 % of {DATA // GIB} GiB changed, ext4, guest under TCG")
     print(f"{'':>6} {'MiB written':>11} {'seconds':>8}")
     print(f"{'ours':>6} {ours / MIB:>11.0f} {ours_s:>8.1f}")

@@ -54,21 +54,16 @@ def measure(pool: Path, lab: Path, size_gib: int) -> float:
         with (
             GatewayProcess(lab / f"gateway-{name}", {"pool": table}) as process,
             Gateway(Endpoint(process.address)) as gateway,
+            machine.running(),
         ):
-            try:
-                machine.start()
-                machine.wait_agent()
-                machine.wait_tick()
-                for _ in range(ROUNDS):
-                    taken = take(gateway, hypervisor.uri, name, Wish(max_freeze_s=60), lambda _text: None)
-                    windows.append(taken.window.window_s * 1000)
-                    cuts.append(taken.snapshot.cut_duration.ToNanoseconds() / 1e6)
-                    gateway.delete(taken.snapshot.id)
-                    wait_removed(pool / ".frostgate" / taken.snapshot.id)
-                    virsh.append(by_hand(hypervisor, machine, pool))
-                naive = copied_under_freeze(machine, pool)
-            finally:
-                machine.undefine()
+            for _ in range(ROUNDS):
+                taken = take(gateway, hypervisor.uri, name, Wish(max_freeze_s=60), lambda _text: None)
+                windows.append(taken.window.window_s * 1000)
+                cuts.append(taken.snapshot.cut_duration.ToNanoseconds() / 1e6)
+                gateway.delete(taken.snapshot.id)
+                wait_removed(pool / ".frostgate" / taken.snapshot.id)
+                virsh.append(by_hand(hypervisor, machine, pool))
+            naive = copied_under_freeze(machine, pool)
     for disk in disks:
         disk.path.unlink()
     mine, theirs = statistics.median(windows), statistics.median(virsh)

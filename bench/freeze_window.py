@@ -49,10 +49,7 @@ def measure(gateway: Gateway, hypervisor: Hypervisor, pool: Path, count: int) ->
     disks = [Disk(create_disk(pool / f"d{count}-{number}.raw", GIB, "ext4")) for number in range(count)]
     machine = Machine(hypervisor, f"bench{count}", disks, writer=True)
     ours, cuts, floor, peer = [], [], [], []
-    try:
-        machine.start()
-        machine.wait_agent()
-        machine.wait_tick()
+    with machine.running():
         for _ in range(ROUNDS):
             taken = take(gateway, hypervisor.uri, machine.name, Wish(), lambda _text: None)
             ours.append(taken.window.window_s * 1000)
@@ -60,10 +57,8 @@ def measure(gateway: Gateway, hypervisor: Hypervisor, pool: Path, count: int) ->
             gateway.delete(taken.snapshot.id)
             floor.append(freeze_and_thaw(machine.domain))
             peer.append(external_snapshot(machine.domain, pool))
-    finally:
-        machine.undefine()
-        for disk in disks:
-            disk.path.unlink()
+    for disk in disks:
+        disk.path.unlink()
     mine, least, theirs = (statistics.median(figures) for figures in (ours, floor, peer))
     print(
         f"{count:>5} {mine:>8.0f} {statistics.median(cuts):>9.1f} {least:>8.0f} {theirs:>8.0f} "

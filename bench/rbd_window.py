@@ -66,33 +66,27 @@ def measure(gateway: Gateway, hypervisor: Hypervisor, cluster: CephCluster, name
     disks = [RbdDisk("vms", name, cluster.monitors, cluster.conf) for name in names]
     machine = Machine(hypervisor, f"rbd{len(names)}", disks, writer=True, hook=True)
     ours, cuts, loop, parallel, managed = [], [], [], [], []
-    try:
-        machine.start()
-        machine.wait_agent()
-        machine.wait_tick()
-        with images(cluster, names) as opened:
-            for number in range(ROUNDS):
-                cluster.start_daemon("mgr")
-                time.sleep(QUIET_S)
-                managed.append(snapshot(gateway, hypervisor, machine)[0])
-                cluster.kill_daemon("mgr")
-                time.sleep(QUIET_S)
-                window, cut = snapshot(gateway, hypervisor, machine)
-                ours.append(window)
-                cuts.append(cut)
-                time.sleep(QUIET_S)
-                loop.append(frozen(machine.domain, lambda n=number: [image.create_snap(f"l{n}") for image in opened]))
-                time.sleep(QUIET_S)
-                with ThreadPoolExecutor(len(opened)) as threads:
-                    parallel.append(
-                        frozen(
-                            machine.domain,
-                            lambda n=number, t=threads: list(t.map(lambda image: image.create_snap(f"p{n}"), opened)),
-                        )
+    with machine.running(), images(cluster, names) as opened:
+        for number in range(ROUNDS):
+            cluster.start_daemon("mgr")
+            time.sleep(QUIET_S)
+            managed.append(snapshot(gateway, hypervisor, machine)[0])
+            cluster.kill_daemon("mgr")
+            time.sleep(QUIET_S)
+            window, cut = snapshot(gateway, hypervisor, machine)
+            ours.append(window)
+            cuts.append(cut)
+            time.sleep(QUIET_S)
+            loop.append(frozen(machine.domain, lambda n=number: [image.create_snap(f"l{n}") for image in opened]))
+            time.sleep(QUIET_S)
+            with ThreadPoolExecutor(len(opened)) as threads:
+                parallel.append(
+                    frozen(
+                        machine.domain,
+                        lambda n=number, t=threads: list(t.map(lambda image: image.create_snap(f"p{n}"), opened)),
                     )
-                time.sleep(QUIET_S)
-    finally:
-        machine.undefine()
+                )
+            time.sleep(QUIET_S)
     mine, one_by_one, at_once = (statistics.median(figures) for figures in (ours, loop, parallel))
     print(
         f"{len(names):>5} {mine:>7.0f} {statistics.median(cuts):>9.0f} {one_by_one:>7.0f} {at_once:>8.0f} "

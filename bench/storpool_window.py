@@ -59,10 +59,7 @@ def measure(
     """Boot a guest with these disks and measure."""
     machine = Machine(hypervisor, f"sp{len(names)}", disks, writer=True, hook=True)
     ours, cuts, loop, calls = [], [], [], []
-    try:
-        machine.start()
-        machine.wait_agent()
-        machine.wait_tick()
+    with machine.running():
         for _ in range(ROUNDS):
             taken = take(gateway, hypervisor.uri, machine.name, Wish(max_freeze_s=10), lambda _text: None)
             for _ in gateway.watch(taken.snapshot.id):
@@ -72,8 +69,6 @@ def measure(
             whole, part = one_by_one(machine, cluster, names)
             loop.append(whole)
             calls.append(part)
-    finally:
-        machine.undefine()
     mine, cut, peer, part = (statistics.median(figures) for figures in (ours, cuts, loop, calls))
     print(f"{len(names):>7} {mine:>6.0f} {cut:>9.0f} {peer:>6.0f} {part:>15.0f} {peer / mine:>9.1f}", flush=True)
 

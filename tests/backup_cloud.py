@@ -20,6 +20,7 @@ from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
 from tests.gateway_process import GatewayProcess
+from tests.guest_cloud import GuestCloud
 from tests.lab import state
 from tests.lab.disk import create_disk, mounted
 from tests.lab.filesystems import mount_filesystem, unmount
@@ -38,22 +39,15 @@ _SLOW_BYTES = 1536 * MIB  # QEMU copies at full speed until it is told otherwise
 
 
 @dataclass(frozen=True)
-class BackupCloud:
+class BackupCloud(GuestCloud):
     """`volumes` are (pool, volume) by the disk's target."""
 
-    gateway: GatewayProcess
-    hypervisor: Hypervisor
-    machine: Machine
     pools: dict[str, Path]
     volumes: dict[str, tuple[str, str]]
 
     @property
     def domain(self) -> libvirt.virDomain:
         return self.machine.domain
-
-    def vm(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run `frostgate vm ...`."""
-        return self.gateway.cli("vm", *words, env={"LIBVIRT_DEFAULT_URI": self.hypervisor.uri})
 
     def take(self, group: str, *, slow: bool = False, **wish: Any) -> Taken:
         """Cut as `frostgate vm snapshot` does, without waiting for READY; with the slow disk only if asked."""
@@ -182,15 +176,11 @@ def backup_cloud(directory: Path) -> Iterator[BackupCloud]:
         slow = pools["main"] / "slow.raw"
         subprocess.run(["dd", "if=/dev/zero", f"of={slow}", "bs=1M", f"count={_SLOW_BYTES // MIB}"], check=True)
         disks.append(Disk(slow))
-        with GatewayProcess(directory, tables) as gateway:
-            machine = Machine(hypervisor, "backed", disks, writer=True, hook=True)
-            try:
-                machine.start()
-                machine.wait_agent()
-                machine.wait_tick()
-                yield BackupCloud(gateway, hypervisor, machine, pools, volumes)
-            finally:
-                machine.undefine()
+        with (
+            GatewayProcess(directory, tables) as gateway,
+            Machine(hypervisor, "backed", disks, hook=True).running() as machine,
+        ):
+            yield BackupCloud(gateway, hypervisor, machine, pools, volumes)
     state.release()
 
 

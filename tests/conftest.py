@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway_process import GatewayProcess
+from tests.guest_cloud import GuestCloud
 from tests.lab import state
 from tests.lab.disk import create_disk
 from tests.lab.filesystems import mount_filesystem
@@ -26,17 +27,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):  # type: ignore[no-
 
 
 @dataclass(frozen=True)
-class Cloud:
-    """A gateway, a libvirtd and a running guest whose disks are in the gateway's pool."""
+class Cloud(GuestCloud):
+    """web1 has vda and vdb in the pool "fast", a directory on XFS."""
 
-    gateway: GatewayProcess
-    hypervisor: Hypervisor
-    machine: Machine
     pool: Path
-
-    def vm(self, *words: str):  # type: ignore[no-untyped-def]
-        """Run `frostgate vm ...`."""
-        return self.gateway.cli("vm", *words, env={"LIBVIRT_DEFAULT_URI": self.hypervisor.uri})
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +44,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         Hypervisor(name="e2e") as hypervisor,
     ):
         disks = [Disk(create_disk(filesystem.directory / f"{letter}.raw", 256 * MIB, "ext4")) for letter in "ab"]
-        machine = Machine(hypervisor, "web1", disks, writer=True, hook=True)
-        try:
-            machine.start()
-            machine.wait_agent()
+        with Machine(hypervisor, "web1", disks, hook=True).running() as machine:
             yield Cloud(gateway, hypervisor, machine, filesystem.directory)
-        finally:
-            machine.undefine()
     state.release()
 
 

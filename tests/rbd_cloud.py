@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gateway_process import GatewayProcess
+from tests.guest_cloud import GuestCloud
 from tests.lab import state
 from tests.lab.ceph import CephCluster
 from tests.lab.disk import create_disk
@@ -19,18 +20,10 @@ IMAGES = ("vms/web1-root", "vms/web1-data", "more/web1-logs")
 
 
 @dataclass(frozen=True)
-class RbdCloud:
+class RbdCloud(GuestCloud):
     """web1 has vda and vdb in the pool "fast", vdc in "more" (another rbd pool), vdd in "files" (a directory)."""
 
-    gateway: GatewayProcess
     cluster: CephCluster
-    hypervisor: Hypervisor
-    machine: Machine
-    scratch: Path
-
-    def vm(self, *words: str):  # type: ignore[no-untyped-def]
-        """Run `frostgate vm ...`."""
-        return self.gateway.cli("vm", *words, env={"LIBVIRT_DEFAULT_URI": self.hypervisor.uri})
 
     def snapshots(self, image: str) -> list[dict[str, Any]]:
         """All snapshots of an image, those of groups too."""
@@ -75,13 +68,10 @@ def rbd_cloud(directory: Path) -> Iterator[RbdCloud]:
             cluster.rbd("import", "--no-progress", image, name)
         files = create_disk(filesystem.directory / "web1-files.raw", 128 * MIB, "ext4")
         disks = [RbdDisk(*name.split("/"), monitors=cluster.monitors, config_file=cluster.conf) for name in IMAGES]
-        with GatewayProcess(directory / "gateway", pools) as gateway, Hypervisor(name="rbd") as hypervisor:
-            machine = Machine(hypervisor, "web1", [*disks, Disk(files)], writer=True, hook=True)
-            try:
-                machine.start()
-                machine.wait_agent()
-                machine.wait_tick()
-                yield RbdCloud(gateway, cluster, hypervisor, machine, directory)
-            finally:
-                machine.undefine()
+        with (
+            GatewayProcess(directory / "gateway", pools) as gateway,
+            Hypervisor(name="rbd") as hypervisor,
+            Machine(hypervisor, "web1", [*disks, Disk(files)], hook=True).running() as machine,
+        ):
+            yield RbdCloud(gateway, hypervisor, machine, cluster)
     state.release()

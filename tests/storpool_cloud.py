@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.gateway_process import GatewayProcess
+from tests.guest_cloud import GuestCloud
 from tests.lab import state
 from tests.lab.disk import create_disk
 from tests.lab.hypervisor import Hypervisor
@@ -18,17 +19,10 @@ VOLUMES = ("web1-root", "web1-data", "web1-logs")
 
 
 @dataclass(frozen=True)
-class StorpoolCloud:
+class StorpoolCloud(GuestCloud):
     """web1 has vda, vdb and vdc in the pool "sp", attached to this host, where it may detach them."""
 
-    gateway: GatewayProcess
     cluster: StorpoolSim
-    hypervisor: Hypervisor
-    machine: Machine
-
-    def vm(self, *words: str):  # type: ignore[no-untyped-def]
-        """Run `frostgate vm ...`."""
-        return self.gateway.cli("vm", *words, env={"LIBVIRT_DEFAULT_URI": self.hypervisor.uri})
 
     def attached(self) -> list[tuple[str, int, str]]:
         """All attachments: name, client, rights."""
@@ -59,13 +53,7 @@ def storpool_cloud(directory: Path) -> Iterator[StorpoolCloud]:
         with (
             GatewayProcess(directory / "gateway", {"sp": cluster.pool(force_detach=True)}) as gateway,
             Hypervisor(name="storpool") as hypervisor,
+            Machine(hypervisor, "web1", disks, hook=True).running() as machine,
         ):
-            machine = Machine(hypervisor, "web1", disks, writer=True, hook=True)
-            try:
-                machine.start()
-                machine.wait_agent()
-                machine.wait_tick()
-                yield StorpoolCloud(gateway, cluster, hypervisor, machine)
-            finally:
-                machine.undefine()
+            yield StorpoolCloud(gateway, hypervisor, machine, cluster)
     state.release()

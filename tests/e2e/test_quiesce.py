@@ -22,16 +22,9 @@ def mute(cloud: Cloud) -> Iterator[Machine]:
     iso.write_bytes(bytes(MIB))
     with mount_filesystem("ext4", outside, 512 * MIB):
         strange = Disk(create_disk(outside / "strange.raw", 64 * MIB, "ext4"))
-        machine = Machine(
-            cloud.hypervisor, "mute", [*disks, strange, Disk(iso, readonly=True, device="cdrom")], agent=False
-        )
-        try:
-            machine.start()
-            machine.wait_booted()
-            machine.wait_tick()
+        cdrom = Disk(iso, readonly=True, device="cdrom")
+        with Machine(cloud.hypervisor, "mute", [*disks, strange, cdrom], agent=False).running() as machine:
             yield machine
-        finally:
-            machine.undefine()
     for disk in (*disks, Disk(iso)):
         disk.path.unlink()
 

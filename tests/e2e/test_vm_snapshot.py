@@ -8,11 +8,9 @@ from tests.lab.disk import read_counter
 
 
 def test_both_disks_hold_the_same_counter_and_the_guest_goes_on(cloud: Cloud) -> None:
-    done = cloud.vm("snapshot", "web1", "--id", "same", "--output", "json")
-    assert done.returncode == 0, done.stderr
-    taken = json.loads(done.stdout)
-    assert taken["group_snapshot"]["consistency"] == "CONSISTENCY_FILESYSTEM"
-    counters = [read_counter(Path(member["local_path"])) for member in taken["group_snapshot"]["members"]]
+    taken = cloud.snapshot("--id", "same")
+    assert taken["consistency"] == "CONSISTENCY_FILESYSTEM"
+    counters = [read_counter(Path(member["local_path"])) for member in taken["members"]]
     assert len(set(counters)) == 1
     assert cloud.machine.fsfreeze_status() == "thawed"
     cloud.machine.wait_tick(beyond=counters[0])
@@ -44,8 +42,7 @@ def test_a_frozen_guest_is_found_and_not_frozen_again(cloud: Cloud) -> None:
 
 
 def test_a_revert_refuses_a_running_vm_and_stops_it_when_told(cloud: Cloud) -> None:
-    cloud.machine.write_file("/mnt/vda/note", b"whole")
-    cloud.machine.exec(["/bin/sh", "-c", "sync"])
+    cloud.write_note(b"whole", "vda")
     assert cloud.vm("snapshot", "web1", "--id", "before").returncode == 0
     cloud.machine.write_file("/mnt/vda/note", b"damaged")
     refused = cloud.vm("revert", "web1", "before", "--yes")
@@ -54,6 +51,6 @@ def test_a_revert_refuses_a_running_vm_and_stops_it_when_told(cloud: Cloud) -> N
     done = cloud.vm("revert", "web1", "before", "--yes", "--stop", "--safety-id", "after")
     assert done.returncode == 0, done.stderr
     cloud.machine.wait_agent()
-    assert cloud.machine.read_file("/mnt/vda/note") == b"whole"
+    assert cloud.notes("vda") == [b"whole"]
     assert cloud.vm("delete", "before", "after", "missing", "--yes").returncode == 0
     assert [path.name for path in (cloud.pool / ".frostgate").iterdir()] == [".lock"]

@@ -11,10 +11,11 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import libvirt
 import libvirt_qemu
@@ -110,6 +111,21 @@ class Machine:
                 | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
                 | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
             )
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Boot, and wait until the agent (if any) answers and the writer (if any) writes; undefined at the end."""
+        try:
+            self.start()
+            if self.agent:
+                self.wait_agent()
+            else:
+                self.wait_booted()
+            if self.writer:
+                self.wait_tick()
+            yield self
+        finally:
+            self.undefine()
 
     def wait_agent(self, timeout_s: float = 60.0) -> float:
         """Wait until the guest agent answers; returns how long that took."""
