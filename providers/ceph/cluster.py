@@ -86,6 +86,17 @@ class Cluster:
                     raise PoolUnavailable(message) from error
             return self._connection
 
+    def open_data(self, image: Any, snap_id: int | None) -> Any:
+        """Return an I/O context of an image's data pool that reads a snapshot (None: the present).
+
+        The caller closes it. Raises PoolUnavailable, Ceph's errors.
+        """
+        context = self.connection().open_ioctx2(image.data_pool_id())
+        context.set_namespace(self._options.namespace)
+        if snap_id is not None:
+            context.set_read(snap_id)
+        return context
+
     def client_id(self) -> int:
         """Return the cluster's number for this client, as watchers show it."""
         return int(self.connection().get_instance_id())

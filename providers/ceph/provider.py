@@ -7,11 +7,10 @@ which images it holds for a revert.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -34,12 +33,12 @@ from providers.base import (
     StoredGroup,
     Volume,
     VolumeChanged,
-    VolumeExists,
     VolumeNotFound,
 )
-from providers.ceph import changes, cutting, images, reverting, store
+from providers.ceph import changes, cloning, cutting, images, reverting, store
 from providers.ceph.changes import View
 from providers.ceph.cluster import Cluster
+from providers.ceph.holding import Holds
 from providers.ceph.options import CephOptions
 from providers.ceph.reading import RbdReader
 from providers.ceph.store import Manifest
@@ -51,7 +50,6 @@ log = structlog.get_logger()
 _MAX_MEMBERS = 128
 _THREADS = 32
 _YIELD_TO_CUTS_S = 3.0
-_CLONE_OF = "frostgate.clone"
 _QUIET_INTERVALS = 2.2
 """A change of the OSD map is followed by another commit one interval later: the monitor's own log entry about the new
 map (OSDMonitor::on_active). Only an interval after that one does the next change go out at once."""
@@ -67,8 +65,7 @@ class CephProvider(Provider):
         self._pool = pool
         self._options = options
         self._cluster = Cluster(pool, options)
-        self._lock = threading.Lock()
-        self._reverts: dict[str, list[reverting.Held]] = {}
+        self._holds = Holds(self._cluster)
         self._about_to_cut: dict[str, float] = {}
         self._map_changed = -_QUIET_INTERVALS * options.commit_interval_s
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"{pool}-rbd")
@@ -158,7 +155,7 @@ class CephProvider(Provider):
                 if manifest is None or manifest.state != "reserved":
                     raise VolumeChanged(f"the reservation of {group} is gone: prepare again", group=group)
                 try:
-                    with self._yielding({member.image_id for member in manifest.members}):
+                    with self._holds.lent({member.image_id for member in manifest.members}):
                         cutting.cut(context, manifest, self._executor)
                 except BaseException:
                     self._remove_unfinished(context, group)
@@ -223,16 +220,16 @@ class CephProvider(Provider):
             manifest = store.settled(context, group)
             if not cutting.exists(context, manifest):
                 raise SnapshotNotFound(f"the storage has lost the snapshot {group}", group=group)
-            held = self._hold(context, group, volumes)
+            held = self._holds.take(context, group, volumes)
             try:
                 progress(0, 0)
                 if instant:
                     reverting.stage(self._cluster, context, manifest, volumes)
                 else:
-                    needed = reverting.find_windows(context, manifest, held, self._open_data, self._executor)
+                    needed = reverting.find_windows(context, manifest, held, self._cluster.open_data, self._executor)
                     self._cluster.check_room(needed)
             except BaseException:
-                self._release(group)
+                self._holds.release(group)
                 reverting.unstage(context, manifest)
                 raise
 
@@ -241,28 +238,27 @@ class CephProvider(Provider):
         with self._cluster.opened() as context:
             manifest = store.settled(context, group)
             if reverting.is_staged(context, manifest, volumes):
-                self._release(group)
+                self._holds.release(group)
                 for volume in volumes:
                     reverting.swap(context, manifest, volume)
                 return
-            with self._lock:
-                held = self._reverts.get(group)
+            held = self._holds.of(group)
             lost = [volume for volume in volumes if images.current_id(context, volume) is None]
             for volume in lost:
                 reverting.bring_back(self._cluster, context, manifest, volume)
             if held is None or lost:  # resumed by another process, or some were not there to be held
-                self._release(group)
-                held = self._hold(context, group, volumes)
-                reverting.find_windows(context, manifest, held, self._open_data, self._executor)
+                self._holds.release(group)
+                held = self._holds.take(context, group, volumes)
+                reverting.find_windows(context, manifest, held, self._cluster.open_data, self._executor)
             try:
-                reverting.set_back(context, manifest, held, progress, self._open_data, self._executor)
+                reverting.set_back(context, manifest, held, progress, self._cluster.open_data, self._executor)
             finally:
-                self._release(group)
+                self._holds.release(group)
                 self._map_changed = time.monotonic()
 
     def abort_revert(self, group: str) -> None:
         """See Provider."""
-        self._release(group)
+        self._holds.release(group)
         with self._cluster.opened() as context:
             if manifest := store.read(context, group):
                 reverting.unstage(context, manifest)
@@ -270,25 +266,9 @@ class CephProvider(Provider):
     def clone(self, group: str, volume: str, target: str, progress: ReportProgress) -> Volume:
         """See Provider. Copy-on-write where the snapshot can be cloned, else a full, sparse copy."""
         images.check_name(target)
-        mark = f"{group}/{volume}"
         with self._cluster.opened() as context:
             manifest = store.settled(context, group)
-            member = manifest.member(volume)
-            if images.current_id(context, target) is None:
-                hidden = f"{images.HIDDEN}clone.{target}"
-                with suppress(rbd.ImageNotFound):
-                    rbd.RBD().remove(context, hidden)
-                if member.kind == "snapshot":
-                    progress(0, 0)
-                    reverting.clone(self._cluster, context, manifest, member, hidden)
-                else:
-                    self._copy(context, manifest, volume, hidden, progress)
-                with images.opened_hidden(context, hidden) as image:
-                    image.metadata_set(_CLONE_OF, mark)
-                rbd.RBD().rename(context, hidden, target)
-            with images.opened(context, target) as image:
-                if dict(image.metadata_list()).get(_CLONE_OF) != mark:
-                    raise VolumeExists(f"there is an image {target} already", volume=target)
+            cloning.make_volume(self._cluster, context, manifest, volume, target, progress, self._executor)
             return images.volume_of(context, target, self._cluster.client_id())
 
     def open(self, group: str, volume: str) -> BlockReader:
@@ -315,7 +295,7 @@ class CephProvider(Provider):
                     return
                 with images.opened_member(context, older_manifest, volume) as older_image:
                     older = View(older_image, older_member.snap_id)
-                    found = changes.windows(older, newer, self._open_data, self._executor)
+                    found = changes.windows(older, newer, self._cluster.open_data, self._executor)
                     if coarse:
                         yield from clipped(found, image.size())
                     else:
@@ -348,8 +328,7 @@ class CephProvider(Provider):
 
     def close(self) -> None:
         """See Provider."""
-        for group in list(self._reverts):
-            self._release(group)
+        self._holds.close()
         self._executor.shutdown(wait=False)
 
     def _member(self, manifest: Manifest, part: store.StoredMember, *, cut: bool = False) -> Member:
@@ -376,65 +355,6 @@ class CephProvider(Provider):
         while self._about_to_cut and time.monotonic() < deadline:
             progress(0, 0)
             time.sleep(0.05)
-
-    def _hold(self, context: Any, group: str, volumes: Sequence[str]) -> list[reverting.Held]:
-        own_id = self._cluster.client_id()
-        held: list[reverting.Held] = []
-        with self._lock:
-            self._reverts[group] = held
-        try:
-            for volume in volumes:
-                if one := reverting.hold(context, volume, own_id):
-                    held.append(one)
-        except BaseException:
-            self._release(group)
-            raise
-        return held
-
-    def _release(self, group: str) -> None:
-        with self._lock:
-            held: list[reverting.Held] = self._reverts.pop(group, [])
-        for one in held:
-            one.close()
-
-    @contextmanager
-    def _yielding(self, image_ids: set[str]) -> Iterator[None]:
-        """Give back, for one cut, the locks that a revert has on the images; the cut takes them itself."""
-        with self._lock:
-            held = [one for group in self._reverts.values() for one in group if one.image.id() in image_ids]
-        for one in held:
-            reverting.unlock(one)
-        try:
-            yield
-        finally:
-            for one in held:
-                reverting.relock(one, self._cluster.client_id())
-
-    def _open_data(self, image: Any, snap_id: int | None) -> Any:
-        context = self._cluster.connection().open_ioctx2(image.data_pool_id())
-        context.set_namespace(self._options.namespace)
-        if snap_id is not None:
-            context.set_read(snap_id)
-        return context
-
-    def _copy(self, context: Any, manifest: Manifest, volume: str, target: str, progress: ReportProgress) -> None:
-        member = manifest.member(volume)
-        try:
-            with images.opened_member(context, manifest, volume) as snapshot:
-                source = View(snapshot, member.snap_id)
-                reverting.make_alike(self._cluster, context, snapshot, target)
-                with images.opened_hidden(context, target) as image:
-                    windows = list(changes.windows(View(image, None), source, self._open_data, self._executor))
-                    total, done = sum(window.length for window in windows), 0
-                    self._cluster.check_room(total)
-                    progress(0, total)
-                    for length in changes.set_equal(source, image, windows, self._executor):
-                        done += length
-                        progress(done, total)
-        except BaseException:
-            with suppress(rbd.Error):
-                rbd.RBD().remove(context, target)
-            raise
 
 
 def _silent(_done: int, _total: int) -> None:

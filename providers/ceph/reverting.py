@@ -13,27 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import rados
 import rbd
 import structlog
 
-from providers.base import CapabilityMissing, Extent, ReportProgress, SnapshotNotFound, VolumeInUse
-from providers.ceph import changes
+from providers.base import ReportProgress
+from providers.ceph import changes, cloning
 from providers.ceph.changes import OpenData, View
 from providers.ceph.cluster import Cluster
 from providers.ceph.cutting import SNAPSHOT
-from providers.ceph.images import (
-    HIDDEN,
-    RETIRED,
-    current_id,
-    lock_for_us,
-    opened,
-    opened_member,
-    users,
-)
+from providers.ceph.holding import Held, unlock
+from providers.ceph.images import HIDDEN, RETIRED, current_id, opened, opened_member
 from providers.ceph.store import Manifest, StoredMember
 from providers.extents import clipped
 
@@ -41,58 +33,6 @@ log = structlog.get_logger()
 
 _PROBES = 64
 _LOOK_EVERY_S = 0.25
-_FEATURES = (
-    rbd.RBD_FEATURE_LAYERING
-    | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
-    | rbd.RBD_FEATURE_OBJECT_MAP
-    | rbd.RBD_FEATURE_FAST_DIFF
-    | rbd.RBD_FEATURE_DEEP_FLATTEN
-)
-
-
-@dataclass
-class Held:
-    """A volume that is being reverted: its image, open and locked, and where it differs from the snapshot."""
-
-    volume: str
-    image: Any
-    windows: list[Extent] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self.image.close()
-
-
-def hold(context: Any, volume: str, own_id: int) -> Held | None:
-    """Open and lock a volume so that nobody writes to it; None when it is lost. Raises VolumeInUse."""
-    if current_id(context, volume) is None:
-        return None
-    image = rbd.Image(context, volume)
-    held = Held(volume, image)
-    try:
-        relock(held, own_id)
-    except BaseException:
-        image.close()
-        raise
-    return held
-
-
-def relock(held: Held, own_id: int) -> None:
-    """Take the lock (again), unless somebody has opened the volume meanwhile. Raises VolumeInUse."""
-    busy = users(held.image, own_id)
-    if busy:
-        raise VolumeInUse(
-            f"volume {held.volume} is in use by {', '.join(busy)}; stop it first",
-            volume=held.volume,
-            users=", ".join(busy),
-        )
-    lock_for_us(held.image, held.volume, own_id)
-
-
-def unlock(held: Held) -> None:
-    """Give the lock back for a moment: the safety snapshot's cut needs it."""
-    if held.image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK and held.image.is_exclusive_lock_owner():
-        held.image.lock_release()
 
 
 def find_windows(
@@ -195,48 +135,7 @@ def bring_back(cluster: Cluster, context: Any, manifest: Manifest, volume: str) 
         rbd.RBD().trash_restore(context, member.image_id, volume)
     except (rbd.ImageNotFound, rbd.InvalidArgument):
         with opened_member(context, manifest, volume) as snapshot:
-            make_alike(cluster, context, snapshot, volume)
-
-
-def make_alike(cluster: Cluster, context: Any, image: Any, name: str) -> None:
-    """Make an empty image with the size, object size and features of another."""
-    unit, count = image.stripe_unit(), image.stripe_count()
-    order = image.stat()["order"]
-    striping = {} if count == 1 and unit == 1 << order else {"stripe_unit": unit, "stripe_count": count}
-    data_pool = _data_pool(cluster, image)
-    rbd.RBD().create(
-        context, name, image.size(), order, old_format=False, features=_features(image), data_pool=data_pool, **striping
-    )
-
-
-def clone(cluster: Cluster, context: Any, manifest: Manifest, member: StoredMember, name: str) -> None:
-    """Make a copy-on-write clone of a member under a name. Raises CapabilityMissing, SnapshotNotFound."""
-    if member.kind != "snapshot":
-        raise CapabilityMissing(
-            f"the snapshot of {member.volume} in {manifest.group} is an RBD group's, which this Ceph cannot clone: "
-            'take snapshots with cut = "parallel" for that, or leave `instant` out',
-            volume=member.volume,
-            capability="instant_revert",
-        )
-    with opened_member(context, manifest, member.volume) as snapshot:
-        try:
-            parent = snapshot.get_name()
-            rbd.RBD().clone(
-                context,
-                parent,
-                manifest.rbd_name,
-                context,
-                name,
-                features=_features(snapshot),
-                order=snapshot.stat()["order"],
-                data_pool=_data_pool(cluster, snapshot),
-            )
-        except rbd.ImageNotFound:
-            raise SnapshotNotFound(
-                f"the image of {member.volume} is in the trash: `rbd trash restore {member.image_id}` first",
-                group=manifest.group,
-                volume=member.volume,
-            ) from None
+            cloning.make_alike(cluster, context, snapshot, volume)
 
 
 def stage(cluster: Cluster, context: Any, manifest: Manifest, volumes: Sequence[str]) -> None:
@@ -244,7 +143,7 @@ def stage(cluster: Cluster, context: Any, manifest: Manifest, volumes: Sequence[
     unstage(context, manifest)
     for volume in volumes:
         member = manifest.member(volume)
-        clone(cluster, context, manifest, member, _staged(member))
+        cloning.clone(cluster, context, manifest, member, _staged(member))
 
 
 def is_staged(context: Any, manifest: Manifest, volumes: Sequence[str]) -> bool:
@@ -284,15 +183,3 @@ def _id_of_hidden(context: Any, name: str) -> str | None:
         return str(image.id())
     finally:
         image.close()
-
-
-def _features(image: Any) -> int:
-    """Return the features that a new image can be made with: not those that a state of the image brings."""
-    features: int = image.features() & _FEATURES
-    return features
-
-
-def _data_pool(cluster: Cluster, image: Any) -> str | None:
-    """Return the name of the pool that has an image's objects, None when it is the image's own."""
-    name = str(cluster.connection().pool_reverse_lookup(image.data_pool_id()))
-    return None if name == cluster.rbd_pool else name
