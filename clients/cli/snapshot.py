@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +12,10 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 
 from clients.cli import reading, tables
+from clients.cli.following import Wait, settled
 from clients.cli.pools import parse_ref
+from clients.cli.reverting import Instant, NoSafety, SafetyId, begin_revert, check_reverted, confirm_revert
 from clients.cli.session import (
-    INTERRUPTED,
-    REFUSED,
     USAGE,
     AddressOption,
     OutputOption,
@@ -26,7 +25,6 @@ from clients.cli.session import (
     print_json,
     session,
 )
-from clients.gateway import Gateway
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 
@@ -35,14 +33,6 @@ app = typer.Typer(no_args_is_help=True, help="Group snapshots: the contract's ca
 Id = Annotated[str, typer.Argument(metavar="ID", help="The group snapshot; the id is yours to choose.")]
 Volumes = Annotated[list[str], typer.Argument(metavar="POOL/VOLUME...", help="The volumes, all cut at one instant.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="May be repeated.")]
-Wait = Annotated[bool, typer.Option(help="Wait until it is done.")]
-Instant = Annotated[
-    bool,
-    typer.Option(
-        "--instant",
-        help="In a time that does not depend on the size, where the pool can; see its limits in the README.",
-    ),
-]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 AllowCopy = Annotated[
     bool, typer.Option("--allow-copy", help="Volumes in use that cannot be cloned may be copied inside the cut.")
@@ -183,10 +173,8 @@ def watch(group_id: Id, output: OutputOption = None, address: AddressOption = No
 def revert(
     group_id: Id,
     volumes: Annotated[list[str] | None, typer.Argument(metavar="[POOL/VOLUME]...", help="Only these.")] = None,
-    safety_id: Annotated[
-        str, typer.Option(help="Id under which the present state is kept; a repeat with it is the same revert.")
-    ] = "",
-    no_safety: Annotated[bool, typer.Option("--no-safety", help="Do not keep the present state.")] = False,
+    safety_id: SafetyId = "",
+    no_safety: NoSafety = False,
     instant: Instant = False,
     yes: Yes = False,
     wait: Wait = True,
@@ -195,16 +183,9 @@ def revert(
 ) -> None:
     """Set volumes back to a group snapshot. The present state is kept first, so that it can be undone."""
     what = f"{len(volumes)} volumes" if volumes else "all volumes"
-    kept = "Their present state is LOST." if no_safety else "Their present state is kept."
-    confirm(f"Set {what} of {group_id} back? {kept}", yes=yes)
+    confirm_revert(f"Set {what} of {group_id} back?", no_safety=no_safety, yes=yes)
     with session.gateway() as gateway:
-        snapshot = begin_revert(
-            gateway,
-            group_id,
-            volumes or [],
-            "" if no_safety else safety_id or new_safety_id(group_id),
-            instant=instant,
-        )
+        snapshot = begin_revert(gateway, group_id, volumes or [], safety_id, no_safety=no_safety, instant=instant)
         if wait:
             snapshot = settled(gateway, group_id, "reverting")
     _print(snapshot)
@@ -311,58 +292,6 @@ def extents(
         print_json(list(found))
     else:
         tables.show(("OFFSET", "LENGTH"), ((str(extent.offset), str(extent.length)) for extent in found))
-
-
-def settled(gateway: Gateway, group_id: str, doing: str) -> pb.GroupSnapshot:
-    """Wait until a group snapshot is READY and return it.
-
-    Raises Refusal when it FAILED or is gone, or when Ctrl-C ends the waiting (the work goes on).
-    """
-    try:
-        snapshot = tables.follow(gateway.watch(group_id), f"{doing} {group_id}")
-    except KeyboardInterrupt:
-        raise Refusal(
-            f"interrupted: {doing} {group_id} goes on in the gateway. See `frostgate snapshot watch {group_id}`; "
-            f"`frostgate snapshot delete {group_id}` gives it up",
-            INTERRUPTED,
-        ) from None
-    if snapshot is None or snapshot.state == pb.GROUP_SNAPSHOT_STATE_DELETING:
-        raise Refusal(f"group snapshot {group_id} was deleted", REFUSED)
-    if snapshot.state == pb.GROUP_SNAPSHOT_STATE_FAILED:
-        raise Refusal(
-            f"group snapshot {group_id} FAILED: {snapshot.failure.message} ({snapshot.failure.reason}); delete it",
-            REFUSED,
-        )
-    return snapshot
-
-
-def begin_revert(
-    gateway: Gateway, group_id: str, volumes: list[str], safety_id: str, *, instant: bool = False
-) -> pb.GroupSnapshot:
-    """Begin a revert; without a safety id the present state is not kept. Raises GatewayError, Refusal."""
-    request = rpc.RevertGroupSnapshotRequest(
-        id=group_id,
-        volumes=[parse_ref(volume) for volume in volumes],
-        safety_id=safety_id,
-        no_safety=not safety_id,
-        instant=instant,
-    )
-    started: pb.GroupSnapshot = gateway.call("RevertGroupSnapshot", request).group_snapshot
-    return started
-
-
-def check_reverted(snapshot: pb.GroupSnapshot) -> None:
-    """Say where the state before is. Raises Refusal when the revert FAILED."""
-    last = snapshot.revert
-    if last.state == pb.Revert.STATE_FAILED:
-        raise Refusal(f"nothing was reverted: {last.failure.message} ({last.failure.reason})", REFUSED)
-    if last.safety_id and not session.json:
-        print(f"the state before is kept as {last.safety_id}")
-
-
-def new_safety_id(group_id: str) -> str:
-    """Return a new id for the state before a revert."""
-    return f"{group_id[:80]}-before-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def duration(seconds: float) -> Duration:

@@ -14,6 +14,8 @@ from rich.tree import Tree
 
 from clients.cli import tables
 from clients.cli.doctor import DEFAULT_CONNECT
+from clients.cli.following import Wait, settled
+from clients.cli.reverting import Instant, NoSafety, SafetyId, begin_revert, check_reverted, confirm_revert
 from clients.cli.session import (
     FAILED,
     USAGE,
@@ -27,17 +29,7 @@ from clients.cli.session import (
     printable,
     session,
 )
-from clients.cli.snapshot import (
-    Instant,
-    Labels,
-    Wait,
-    Yes,
-    begin_revert,
-    check_reverted,
-    labels_of,
-    new_safety_id,
-    settled,
-)
+from clients.cli.snapshot import Labels, Yes, labels_of
 from clients.gateway import Gateway
 from frostgate.v1 import group_snapshot_pb2 as pb
 
@@ -146,8 +138,8 @@ def revert(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for the guest to shut down before it is turned off.")
     ] = 30.0,
-    safety_id: Annotated[str, typer.Option(help="Id under which the present state is kept.")] = "",
-    no_safety: Annotated[bool, typer.Option("--no-safety", help="Do not keep the present state.")] = False,
+    safety_id: SafetyId = "",
+    no_safety: NoSafety = False,
     instant: Instant = False,
     yes: Yes = False,
     connect: Connect = DEFAULT_CONNECT,
@@ -155,16 +147,14 @@ def revert(
     address: AddressOption = None,
 ) -> None:
     """Set a VM's disks back to a snapshot. The present state is kept first, so that it can be undone."""
-    kept = "Their present state is LOST." if no_safety else "Their present state is kept."
-    confirm(f"Set the disks of {vm} back to {group_id}? {kept}", yes=yes)
+    confirm_revert(f"Set the disks of {vm} back to {group_id}?", no_safety=no_safety, yes=yes)
     with session.gateway() as gateway:
         found = gateway.get(group_id)
         uuid = _uuid(connect, vm)
         if found.vm.uuid != uuid:
             raise Refusal(f"{group_id} is no snapshot of {vm} but of {found.vm.name or 'no VM'}", USAGE)
-        chosen = "" if no_safety else safety_id or new_safety_id(group_id)
         with reverting.stopped(connect, uuid, stop=stop, shutdown_s=shutdown_timeout, say=_say):
-            begin_revert(gateway, group_id, [], chosen, instant=instant)
+            begin_revert(gateway, group_id, [], safety_id, no_safety=no_safety, instant=instant)
             done = settled(gateway, group_id, "reverting")
             check_reverted(done)
     if session.json:
