@@ -113,6 +113,13 @@ class GatewayProcess:
             **keywords,
         )
 
+    def rebuild_journal(self) -> dict[str, list[str]]:
+        """Lose the journal of a gateway that does not run; what `frostgate reconcile` says, which rebuilds it."""
+        for path in self.directory.glob("journal.db*"):
+            path.unlink()
+        said: dict[str, list[str]] = json.loads(self.cli("reconcile", "--config", self.config, check=True).stdout)
+        return said
+
     def _end(self, number: signal.Signals) -> int:
         if self._process is None:
             return 0

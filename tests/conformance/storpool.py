@@ -15,6 +15,7 @@ from typing import Any
 
 from storpool import spapi
 
+from tests.conformance.bench import Bench
 from tests.conformance.storages import MIB, Storage
 from tests.lab.storpool import CLIENT, TEMPLATE, StorpoolSim
 
@@ -173,6 +174,27 @@ class Storpool(Storage):
         finally:
             with suppress(spapi.ApiError):
                 api.volumeDelete(name)
+
+
+def storpool(bench: Bench) -> Storpool:
+    """The storage of a test that only StorPool runs."""
+    assert isinstance(bench.storage, Storpool)
+    return bench.storage
+
+
+def cluster(bench: Bench) -> StorpoolSim:
+    """The cluster of the pools "main" and "small"."""
+    return storpool(bench).main
+
+
+def snapshots(bench: Bench, group: str) -> list[str]:
+    """Names of the volumes of which there are snapshots of a group."""
+    return sorted(one.tags["frostgate-volume"] for one in storpool(bench).snapshots(group))
+
+
+def attachments(bench: Bench, name: str) -> list[tuple[int, str]]:
+    """Clients and rights of a volume or snapshot."""
+    return sorted((one.client, one.rights) for one in cluster(bench).api().attachmentsList() if one.volume == name)
 
 
 def _is_in(one: Any, pool: str) -> bool:

@@ -92,9 +92,7 @@ def test_reconcile_finds_what_a_crash_left_when_the_journal_is_lost(own: Bench) 
     own.prepare(left, volume)
     own.gateway.kill()
     rbd(own, "group", "snap", "create", f"vms/frostgate.{left}@cut")
-    for path in own.gateway.directory.glob("journal.db*"):
-        path.unlink()
-    outcome = json.loads(own.gateway.cli("reconcile", "--config", own.gateway.config, check=True).stdout)
+    outcome = own.gateway.rebuild_journal()
     assert outcome["removed"] == [left]
     assert outcome["restored"] == [kept]
     assert not own.storage.exists(left)

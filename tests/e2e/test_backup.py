@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
 from tests.backup_cloud import BALLAST, MAX_INCREMENTALS, MIB, SLOW, BackupCloud, backup_cloud
 from tests.gateway_process import error_info, reason_of
+from tests.waiting import wait
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +280,7 @@ def test_a_gateway_killed_in_mid_copy_goes_on_with_it(backed: BackupCloud) -> No
 def test_a_copy_whose_end_no_gateway_saw_is_not_believed(backed: BackupCloud) -> None:
     with copying(backed, "unseen"):
         backed.gateway.kill()
-    deadline = time.monotonic() + 120
-    while backed.has_job():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait(lambda: not backed.has_job(), timeout_s=120, every_s=0.1)
     backed.gateway.start()
     assert_failed(backed, "unseen", "COPY_FAILED")
 

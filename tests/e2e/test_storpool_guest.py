@@ -1,6 +1,5 @@
 """`frostgate vm` on a real guest whose disks are volumes of a simulated StorPool cluster, attached to this host."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from tests.gateway_process import GatewayProcess
 from tests.storpool_cloud import StorpoolCloud, storpool_cloud
+from tests.waiting import wait
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,5 @@ def test_a_cluster_that_is_slow_to_cut_never_leaves_the_guest_frozen(storpool: S
     storpool.cluster.forget_faults()
     storpool.snapshot("--max-freeze", "60", "--id", "well")
     assert storpool.vm("delete", "well", "--yes").returncode == 0
-    deadline = time.monotonic() + 120
-    while not storpool.is_clean():  # also of a cut that was carried out when nobody wanted it any more
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    # also of a cut that was carried out when nobody wanted it any more
+    wait(storpool.is_clean, timeout_s=120, every_s=0.5)

@@ -12,13 +12,7 @@ from tests.gateway_process import FROSTGATE
 from tests.holding_proxy import HoldingProxy
 from tests.lab.ceph import Daemon
 from tests.rbd_cloud import RbdCloud
-
-
-def wait_clean(rbd: RbdCloud, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not rbd.is_clean():
-        assert time.monotonic() < deadline, (rbd.groups(), rbd.groups("more"))
-        time.sleep(0.5)
+from tests.waiting import wait
 
 
 def wait_thawed(rbd: RbdCloud, timeout_s: float) -> None:
@@ -47,7 +41,7 @@ def test_a_monitor_that_hangs_during_prepare_freezes_nobody(rbd: RbdCloud) -> No
         assert freezes(rbd) == before
     finally:
         rbd.cluster.resume("mon")
-    wait_clean(rbd)
+    wait(rbd.is_clean, timeout_s=90, every_s=0.5)
     assert rbd.vm("snapshot", "web1", "--id", "monitor").returncode == 0
     assert freezes(rbd) == before + 1
     assert rbd.vm("delete", "monitor", "--yes").returncode == 0
@@ -77,7 +71,7 @@ def test_a_cluster_that_hangs_during_the_cut(rbd: RbdCloud, tmp_path: Path, daem
             wait_thawed(rbd, 20)
             _, said = coordinator.communicate(timeout=90)
     assert coordinator.returncode != 0, said
-    wait_clean(rbd)
+    wait(rbd.is_clean, timeout_s=90, every_s=0.5)
     assert rbd.gateway.cli("snapshot", "show", group).returncode == 3
     tick = rbd.machine.last_tick()
     assert tick

@@ -1,13 +1,14 @@
 """On the host: hand the tests to a guest (relay.py). In the guest: one server, its exports as pools, two gateways."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import waiting
 from tests.conformance.bench import Bench, watched
 from tests.conformance.storages import Directory
 from tests.gateway_process import GatewayProcess
@@ -24,7 +25,6 @@ EXPORTS = (
     Export("replaced", "xfs"),
 )
 HASTY_CUT_S = 5
-_WAIT_S = 300
 _START_TIMEOUT_S = 400
 
 
@@ -41,12 +41,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return True
 
 
-def wait(until: Callable[[], bool], every_s: float = 0.001) -> None:
-    """Wait for a condition, for as long as a guest on a busy machine may need."""
-    deadline = time.monotonic() + _WAIT_S
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(every_s)
+wait = partial(waiting.wait, timeout_s=300, every_s=0.001)
+"""For as long as a guest on a busy machine may need."""
 
 
 class OverNfs(Directory):
