@@ -24,7 +24,6 @@ from providers.base import (
     DiskSource,
     Extent,
     GroupSpec,
-    InvalidName,
     Member,
     Provider,
     ReportProgress,
@@ -43,7 +42,7 @@ from providers.ceph.options import CephOptions
 from providers.ceph.reading import RbdReader
 from providers.ceph.store import Manifest
 from providers.extents import clipped
-from providers.refusals import check_count, not_in_journal
+from providers.refusals import check_count, check_raw, not_in_journal
 
 log = structlog.get_logger()
 
@@ -128,9 +127,7 @@ class CephProvider(Provider):
     def prepare(self, spec: GroupSpec) -> list[Member]:
         """See Provider. Waits until an earlier change of ours to the OSD map cannot delay the cut any more."""
         check_count(spec, _MAX_MEMBERS)
-        for volume in spec.volumes:
-            if volume.format not in (None, "raw"):
-                raise InvalidName(f"volume {volume.name}: an RBD image is raw, not {volume.format}", volume=volume.name)
+        check_raw(spec)
         with self._cluster.opened() as context:
             earlier = store.read(context, spec.group)
             if earlier and earlier.state == "settled":

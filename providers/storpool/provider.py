@@ -34,7 +34,7 @@ from providers.base import (
     VolumeExists,
     VolumeNotFound,
 )
-from providers.refusals import check_count, not_in_journal
+from providers.refusals import check_count, check_raw, not_in_journal
 from providers.storpool import cutting, reverting, tags
 from providers.storpool.cluster import Cluster, Exists
 from providers.storpool.cutting import Reservation, shown
@@ -121,9 +121,7 @@ class StorPoolProvider(Provider):
     def prepare(self, spec: GroupSpec) -> list[Member]:
         """See Provider."""
         check_count(spec, _MAX_MEMBERS)
-        for volume in spec.volumes:
-            if volume.format not in (None, "raw"):
-                raise InvalidName(f"volume {volume.name}: StorPool's are raw, not {volume.format}", volume=volume.name)
+        check_raw(spec)
         self._devices.client()  # or the record could not be written after the cut
         record = self._store.find(spec.group)
         if record and is_settled(record):
