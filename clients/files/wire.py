@@ -138,7 +138,7 @@ def receive(source: socket.socket) -> Any:
         raise Closed("too long a message")
     try:
         return msgpack.unpackb(_exactly(source, length), raw=False, strict_map_key=False, ext_hook=_extension)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a list as a key
         raise Closed(str(error)) from error
 
 

@@ -5,7 +5,7 @@ import socket
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clients.files import lvm, wire
@@ -49,6 +49,7 @@ def test_lvm_metadata_of_any_kind_is_read_or_refused(text: str) -> None:
 
 
 @given(st.binary(min_size=4, max_size=64))
+@example(b"\x83\x00\x00\x00\x00\x90\x00")  # a list as a key
 def test_frames_from_a_hostile_parser_are_values_or_an_error(content: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
