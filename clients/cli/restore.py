@@ -18,7 +18,6 @@ from clients.cli.files import content, refusal, split
 from clients.cli.mount import KeyFile, passphrase
 from clients.cli.session import (
     FAILED,
-    NO_RIGHT,
     NOT_FOUND,
     REFUSED,
     USAGE,
@@ -43,11 +42,7 @@ _LEFT_OUT = {
     "sockets": "sockets",
     "access_lists": "access lists",
 }
-_CODES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS), REFUSED),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EBUSY), REFUSED),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), NO_RIGHT),
-}
+_IN_THE_WAY = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EBUSY)
 
 
 @command
@@ -158,13 +153,14 @@ def _to_host(found: list[_Found], destination: str, wishes: Wishes) -> Outcome:
                         work.outcome.problems.append(_said(error))
                 return work.outcome
     except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise refusal(error) from None
         hint = f"; {destination}/ would put it in there" if error.errno == errno.EISDIR and not inside else ""
-        raise Refusal(_said(error) + hint, _CODES.get(error.errno or 0, FAILED)) from None
+        raise Refusal(_said(error) + hint, REFUSED) from None
 
 
 def _said(error: OSError) -> str:
-    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
 def _into_guest(

@@ -57,13 +57,13 @@ def snapshot(images: Images) -> Iterator[str]:
 
 def start(images: Images, *words: str | Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [FROSTGATE, *words],
+        # a shell that started us in the background has it ignored; not by preexec_fn, after which gRPC's threads in
+        # this process run in the child as well, and may end it (grpc/grpc#43055)
+        ["env", "--default-signal=INT", FROSTGATE, *words],
         env=images.gateway.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell that started us in the background has it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
 
 
