@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.gateway_process import GatewayProcess
 from tests.lab import state
-from tests.lab.filesystems import mount_filesystem, unmount
+from tests.lab.filesystems import mount_filesystem, mount_loop, unmount
 from tests.lab.guestmount import environment, guestmounted
 
 GIB = 1 << 30
@@ -21,7 +21,7 @@ def _image(image: Path) -> None:
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
     directory = image.with_name("fill")
     directory.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, directory], check=True)
+    mount_loop(image, directory)
     (directory / "etc").mkdir()
     (directory / "etc" / "hostname").write_text("guest\n")
     unmount(directory)

@@ -23,7 +23,7 @@ from tests.gateway_process import GatewayProcess
 from tests.guest_cloud import GuestCloud
 from tests.lab import state
 from tests.lab.disk import create_disk, mounted
-from tests.lab.filesystems import mount_filesystem, unmount
+from tests.lab.filesystems import mount_filesystem, mount_loop, unmount
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.machine import Disk, Machine
 
@@ -189,7 +189,7 @@ def _disk(path: Path) -> Disk:
     raw = create_disk(path.with_name(f"{path.name}.new"), 96 * MIB, "ext4")
     point = path.with_name(f"{path.name}.mnt")
     point.mkdir()
-    subprocess.run(["mount", "-o", "loop", raw, point], check=True)
+    mount_loop(raw, point)
     subprocess.run(
         ["dd", "if=/dev/urandom", f"of={point}/ballast", "bs=1M", f"count={BALLAST // MIB}", "status=none"], check=True
     )

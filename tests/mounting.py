@@ -104,8 +104,8 @@ def kernel(images: Images, kind: Kind, image: Path | None = None) -> Iterator[Pa
     """The kernel's own mount of an image; <kind>.raw of the pool if none is given."""
     directory = images.scratch / f"kernel-{kind}"
     directory.mkdir()
-    mount_image(kind, image or images.pool / f"{kind}.raw", directory)
     try:
+        mount_image(kind, image or images.pool / f"{kind}.raw", directory)
         yield directory
     finally:
         unmount(directory)

@@ -20,7 +20,7 @@ from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
 from tests.gateway_process import FROSTGATE
 from tests.lab.disk import allocated_ranges, sha256
-from tests.lab.filesystems import unmount
+from tests.lab.filesystems import mount_loop, unmount
 from tests.lab.images import POSIX, Kind, crowd, described, make_image
 from tests.mounting import MIB, Images, comparable, image_pool, kernel, mounted, over_tcp, parsers_of, taken
 
@@ -89,11 +89,12 @@ def test_disks_are_the_raw_bytes_whatever_the_format(images: Images, snapshot: s
         # fit for a loop device
         place = images.scratch / "by-loop"
         place.mkdir()
-        subprocess.run(["mount", "-o", "loop,ro,noload", packed, place], check=True)
         try:
+            mount_loop(packed, place, "ext4", "ro,noload")
             assert any(place.iterdir())
         finally:
             unmount(place)
+            place.rmdir()
 
 
 def test_what_cannot_be_read_says_why(images: Images, snapshot: str) -> None:

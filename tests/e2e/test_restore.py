@@ -15,7 +15,7 @@ import pytest
 
 from tests.gateway_process import FROSTGATE
 from tests.lab.disk import sha256
-from tests.lab.filesystems import unmount
+from tests.lab.filesystems import mount_loop, unmount
 from tests.lab.images import Kind, described, make_image
 from tests.mounting import MIB, Images, image_pool, kernel, taken
 
@@ -37,7 +37,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
         subprocess.run(["mkfs.ext4", "-q", "-F", large], check=True)
         place = made.scratch / "fill"
         place.mkdir()
-        subprocess.run(["mount", "-o", "loop", large, place], check=True)
+        mount_loop(large, place)
         try:
             (place / "other").mkdir()
             for name, size in (("large", LARGE_BYTES), ("other/large", OTHER_BYTES)):
@@ -331,7 +331,7 @@ def test_diff_tells_what_changed_and_nothing_else(images: Images) -> None:
     moves = images.pool / "moves.raw"
     subprocess.run(["cp", "--reflink=auto", images.pool / "ext4.raw", moves], check=True)
     with taken(images, "before", "moves.raw"):
-        subprocess.run(["mount", "-o", "loop", moves, place], check=True)
+        mount_loop(moves, place)
         try:
             plain = [path for path in place.rglob("file*") if path.is_file() and path.lstat().st_nlink == 1]
             plain = [path for path in plain if path.stat().st_size > 100 and path.suffix == ""]

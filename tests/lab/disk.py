@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.lab import state
-from tests.lab.filesystems import Kind, make_filesystem, unmount
+from tests.lab.filesystems import Kind, make_filesystem, mount_loop, unmount
 
 Format = Literal["raw", "qcow2"]
 
@@ -66,13 +66,13 @@ def mounted(image: Path, disk_format: Format = "raw", replay: bool = True) -> It
     try:
         if not replay:
             skip = "norecovery" if _kind(image) == "xfs" else "noload"
-            _mount(image, directory, f"loop,ro,{skip}")
+            _mount(image, directory, f"ro,{skip}")
         else:
             if disk_format == "raw":
                 subprocess.run(["cp", "--sparse=always", "--reflink=auto", image, copy], check=True)
             else:
                 convert(image, disk_format, copy, "raw")
-            _mount(copy, directory, "loop")
+            _mount(copy, directory, "rw")
         yield directory
     finally:
         unmount(directory)
@@ -111,7 +111,7 @@ def _mount(image: Path, directory: Path, options: str) -> None:
     kind = _kind(image)
     if kind == "xfs":
         options += ",nouuid"  # two copies of one file system may be mounted at once
-    subprocess.run(["mount", "-t", kind, "-o", options, image, directory], check=True)
+    mount_loop(image, directory, kind, options)
 
 
 def _kind(image: Path) -> Kind:

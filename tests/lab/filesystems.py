@@ -48,8 +48,25 @@ def mount_filesystem(kind: Kind, directory: Path, size_bytes: int) -> MountedFil
     directory.mkdir(parents=True, exist_ok=True)
     image = directory.with_name(directory.name + ".img")
     make_filesystem(kind, image, size_bytes)
-    subprocess.run(["mount", "-t", kind, "-o", "loop", image, directory], check=True)
+    mount_loop(image, directory, kind)
     return MountedFilesystem(kind, directory, image)
+
+
+def mount_loop(image: Path, directory: Path, kind: str = "auto", options: str = "rw", patience_s: float = 30) -> None:
+    """Mount an image by a loop device. Raises RuntimeError with mount's words.
+
+    Of two that look for a free device at the same time, one may be told that it is busy, or find it gone: there is a
+    lab for each of pytest's workers. It tries again.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        command = ["mount", "-t", kind, "-o", f"loop,{options}", image, directory]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return
+        if "loop device" not in done.stderr or time.monotonic() > deadline:
+            raise RuntimeError(f"{image} is not mounted: {done.stderr.strip()}")
+        time.sleep(0.2)
 
 
 def make_filesystem(kind: Kind, image: Path, size_bytes: int) -> None:

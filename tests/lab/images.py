@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
-from tests.lab.filesystems import make_filesystem, unmount
+from tests.lab.filesystems import make_filesystem, mount_loop, unmount
 
 Kind = Literal["ext2", "ext3", "ext4", "xfs", "ntfs", "vfat"]
 _ACCESS_LIST = bytes.fromhex(
@@ -121,8 +121,7 @@ def mount_image(kind: Kind, image: Path, directory: Path, *, writable: bool = Fa
         finally:
             subprocess.run(["losetup", "--detach", device], check=True)  # once it is unmounted
         return
-    options = f"loop,{how}" + (",norecovery,nouuid" if kind == "xfs" and not writable else "")
-    subprocess.run(["mount", "-t", kind, "-o", options, image, directory], check=True)
+    mount_loop(image, directory, kind, how + (",norecovery,nouuid" if kind == "xfs" and not writable else ""))
 
 
 def described(root: Path, *, posix: bool) -> dict[bytes, tuple[object, ...]]:
