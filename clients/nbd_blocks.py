@@ -12,13 +12,11 @@ from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 
-import grpc
-
-from clients.gateway import Gateway, GatewayError
+from clients.gateway import Gateway
 from clients.nbd import MOST_BYTES, Connection, parse_uri
 from clients.nbd_pool import Connections
 from clients.page_cache import PageCache
-from clients.patience import Away, patiently
+from clients.patience import Away, answered, patiently
 from clients.remote_blocks import allocated_bytes
 from frostgate.v1 import group_snapshot_pb2 as pb
 
@@ -119,15 +117,8 @@ class NbdBlocks:
         Called after connecting: a snapshot that is still the one we mean was it before, and the gateway ends the
         connections of one that it deletes.
         """
-        try:
-            there = self._gateway.get(self._snapshot_id).cut_time == self._cut_time
-        except GatewayError as error:
-            if error.status == grpc.StatusCode.UNAVAILABLE:
-                raise Away(str(error)) from error
-            if error.status != grpc.StatusCode.NOT_FOUND:
-                raise OSError(errno.EIO, str(error)) from error
-            there = False
-        if not there:
+        there = answered(partial(self._gateway.get, self._snapshot_id))
+        if there.cut_time != self._cut_time:
             raise OSError(errno.ESTALE, "the snapshot was deleted", self._snapshot_id)
 
     def finished(self, connection: Connection) -> bytes:

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import grpc
 import structlog
+
+from clients.gateway import GatewayError
 
 GIVE_UP_S = 30.0
 T = TypeVar("T")
@@ -16,6 +19,17 @@ _log = structlog.get_logger()
 
 class Away(Exception):
     """The gateway or the storage does not answer now. The text says more."""
+
+
+def answered(question: Callable[[], T]) -> T:
+    """Return the gateway's answer on a snapshot that was READY. Raises Away, OSError ESTALE when it is gone, or EIO."""
+    try:
+        return question()
+    except GatewayError as error:
+        if error.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+            raise Away(str(error)) from error
+        gone = error.status == grpc.StatusCode.NOT_FOUND or error.reason == "STATE_INVALID"
+        raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
 
 
 def patiently(read: Callable[[], T], snapshot_id: str = "", volume: str = "") -> T:

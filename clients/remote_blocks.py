@@ -14,11 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
-
 from clients.gateway import Gateway, GatewayError
 from clients.page_cache import PageCache
-from clients.patience import Away, patiently
+from clients.patience import Away, answered, patiently
 from frostgate.v1 import group_snapshot_pb2 as pb
 from frostgate.v1 import snapshot_provider_pb2 as rpc
 from frostgate.v1 import volume_pb2
@@ -113,18 +111,14 @@ class RemoteBlocks:
             self._streams.clear()
 
     def _fetch(self, first: int, last: int) -> bytes:
-        """Return pages. Raises Away, OSError EIO."""
+        """Return pages. Raises Away, OSError."""
         try:
-            return b"".join(self._pages(first, last))
-        except GatewayError as error:
+            return answered(lambda: b"".join(self._pages(first, last)))
+        except (Away, OSError):
             for stream in self._streams:
                 _end(stream)
             self._streams.clear()
-            if error.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-                raise Away(str(error)) from error
-            # it was READY when we began
-            gone = error.status == grpc.StatusCode.NOT_FOUND or error.reason == "STATE_INVALID"
-            raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
+            raise
 
     def _pages(self, first: int, last: int) -> Iterator[bytes]:
         for number in range(first, last + 1):

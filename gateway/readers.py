@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from gateway import states
-from gateway.errors import Refused
 from gateway.pools import Pool
 from providers.base import BlockReader, PoolUnavailable
 
@@ -65,7 +64,7 @@ class Lent:
         loop = asyncio.get_running_loop()
         reader = self._reader
         if self.forgotten or reader is None:
-            raise deleted(self.group_id)
+            raise states.unreadable(self.group_id, states.DELETING)
 
         def work() -> T:
             try:
@@ -81,7 +80,7 @@ class Lent:
             self._unused.set()  # it may not have come to a thread
             raise
         if self.forgotten:
-            raise deleted(self.group_id)
+            raise states.unreadable(self.group_id, states.DELETING)
         return found
 
     def give(self, reader: BlockReader) -> None:
@@ -190,13 +189,3 @@ class Readers:
             task.add_done_callback(self._closing.discard)
         if not left:
             self._idle.pop(key, None)
-
-
-def deleted(group_id: str) -> Refused:
-    """Return the error for who reads a group snapshot that is being deleted."""
-    return Refused(
-        "STATE_INVALID",
-        f"group snapshot {group_id} is being deleted",
-        group_snapshot=group_id,
-        state=states.name(states.DELETING),
-    )

@@ -37,6 +37,16 @@ def name(state: State) -> str:
     return pb.GroupSnapshotState.Name(state).removeprefix("GROUP_SNAPSHOT_STATE_")
 
 
+def unreadable(group_id: str, state: State) -> Refused:
+    """Return the error for who reads a group snapshot in a state that is not READABLE."""
+    return Refused(
+        "STATE_INVALID",
+        f"group snapshot {group_id} is {name(state)}; only a READY one can be read",
+        group_snapshot=group_id,
+        state=name(state),
+    )
+
+
 def move(snapshot: pb.GroupSnapshot, target: State) -> None:
     """Put a group snapshot into another state, or raise Refused STATE_INVALID when the table has no such step."""
     if target not in TRANSITIONS[snapshot.state]:

@@ -102,12 +102,7 @@ def readable(core: Core, group: Group, volume: volume_pb2.VolumeRef) -> Pool:
             volume=volume.volume,
         )
     if group.snapshot.state not in states.READABLE:
-        raise Refused(
-            "STATE_INVALID",
-            f"group snapshot {group.id} is {states.name(group.snapshot.state)}; only a READY one can be read",
-            group_snapshot=group.id,
-            state=states.name(group.snapshot.state),
-        )
+        raise states.unreadable(group.id, group.snapshot.state)
     return core.pools.get(volume.pool)
 
 

@@ -16,6 +16,7 @@ import msgpack
 FRAME_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
 _ZEROS = bytes(READ_BYTES)
+_HOLES_BYTES = 1024 * 1024
 _LENGTH = struct.Struct(">I")
 _LARGE_NUMBER = 1
 _LARGE_NUMBER_BYTES = 12
@@ -42,6 +43,11 @@ class Entry:
     ctime_ns: int
     device: tuple[int, int] = (0, 0)
     attributed: bool = True
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its holes are so large that asking where they are costs less than reading them."""
+        return self.size_bytes - self.allocated_bytes >= _HOLES_BYTES
 
 
 @dataclass(frozen=True, slots=True)

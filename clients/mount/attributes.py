@@ -22,8 +22,6 @@ async def attributes_of(number: int, node: Node, *, exact: bool = True) -> pyfus
     answer.st_ino = number
     answer.attr_timeout = answer.entry_timeout = FOREVER_S
     answer.st_blksize = 65536
-    # what is ours belongs to who mounted, who reads it with the rights that he has at the gateway
-    answer.st_uid, answer.st_gid = os.geteuid(), os.getegid()
     if isinstance(node, Inode):
         entry = node.entry
         answer.st_mode, answer.st_nlink = entry.mode, entry.links
@@ -33,6 +31,8 @@ async def attributes_of(number: int, node: Node, *, exact: bool = True) -> pyfus
         answer.st_rdev = os.makedev(*entry.device)
         answer.st_mtime_ns, answer.st_atime_ns, answer.st_ctime_ns = entry.mtime_ns, entry.atime_ns, entry.ctime_ns
         return answer
+    # what is ours belongs to who mounted, who reads it with the rights that he has at the gateway
+    answer.st_uid, answer.st_gid = os.geteuid(), os.getegid()
     answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = node.time_ns
     answer.st_nlink = 1
     answer.st_mode = stat.S_IFREG | 0o444

@@ -33,7 +33,6 @@ _KEPT_BYTES = 8 * 1024 * 1024
 _DIRECTORIES = 64
 _READERS = 16
 _AHEAD_BYTES = 1024 * 1024
-_HOLES_BYTES = 1024 * 1024
 _DATA_RANGES = 10_000
 _ZEROS = bytes(1024 * 1024)
 
@@ -63,13 +62,12 @@ class _Listed:
 
 @dataclass
 class _Reader:
-    """What was read last of a file; `data`, of one with holes, says where they are not."""
+    """What was read last of a file, and, once that is known, where it has data: all of it, where holes are few."""
 
     lock: trio.Lock = field(default_factory=trio.Lock)
     begin: int = 0
     content: bytes = b""
     data: list[tuple[int, int]] | None = None
-    asked: bool = False
 
 
 class Contents:
@@ -122,7 +120,9 @@ class Contents:
         number = node.entry.id
         key = (node.tree.serial, number)
         listed = self._directories.get((node.tree.serial, node.parent))
-        if listed and number in listed.places:
+        if listed and number not in listed.places:
+            listed = None
+        if listed:
             self._opened(listed, number)
         coming = self._coming.get(key)
         if coming is not None:
@@ -132,7 +132,7 @@ class Contents:
         if kept is not None:
             self._kept_bytes -= len(kept)
             return kept
-        if listed is None or number not in listed.places:
+        if listed is None:
             (content,) = await self._ask(node.tree, contents, "contents", [number])
             return content or b""
         listed.sent.add(number)
@@ -149,11 +149,11 @@ class Contents:
         # the kernel asks for the next part before it has this one
         await waiting.turn(reader.lock)
         try:
-            if not reader.asked and node.entry.size_bytes - node.entry.allocated_bytes >= _HOLES_BYTES:
-                await self._look_for_holes(reader, node)
+            if reader.data is None:
+                reader.data = await self._data(node)
             if (length := min(length, node.entry.size_bytes - offset)) <= 0:
                 return b""
-            if reader.data is not None and length <= len(_ZEROS) and _is_hole(reader.data, offset, length):
+            if length <= len(_ZEROS) and _is_hole(reader.data, offset, length):
                 return _ZEROS[:length]
             end = reader.begin + len(reader.content)
             if not (reader.begin <= offset and (offset + length <= end or offset < end == node.entry.size_bytes)):
@@ -166,15 +166,14 @@ class Contents:
         finally:
             reader.lock.release()
 
-    async def _look_for_holes(self, reader: _Reader, node: Inode) -> None:
-        """Ask where a file has data: zeros that are known need no asking. Raises what `ask` raises."""
-        reader.asked = True
-        try:
-            found = await self._ask(node.tree, ranges, "data", node.entry.id)
-        except pyfuse3.FUSEError:
-            return  # too many, or damaged: what is read tells
-        if len(found) <= _DATA_RANGES:
-            reader.data = sorted(found)
+    async def _data(self, node: Inode) -> list[tuple[int, int]]:
+        """Return where a file has data, sorted: zeros that are known need no asking."""
+        if node.entry.sparse:
+            with suppress(pyfuse3.FUSEError):  # too many, or damaged: what is read tells
+                found: list[tuple[int, int]] = await self._ask(node.tree, ranges, "data", node.entry.id)
+                if len(found) <= _DATA_RANGES:
+                    return sorted(found)
+        return [(0, node.entry.size_bytes)]
 
     def _opened(self, listed: _Listed, number: int) -> None:
         """Note that a file is opened; have the next ones asked for when it is their turn."""

@@ -59,7 +59,7 @@ class Inodes:
         Raises FUSEError EIO for a directory that lies in two places: links in it would lead to two places as well,
         one of them outside the tree.
         """
-        key: object = (parent, name, node.identity if isinstance(node, Directory) else None)
+        key: object
         if isinstance(node, Inode):
             tree, entry = node.tree, node.entry
             if _says_where(tree, entry):
@@ -69,6 +69,8 @@ class Inodes:
                 self._keep(number, node)
                 return number
             key = (tree.serial, entry.id, node.parent if stat.S_ISLNK(entry.mode) else None)
+        else:
+            key = (parent, name, node.identity if isinstance(node, Directory) else None)
         found = self._numbers.get(key)
         if found is not None and isinstance(node, Inode):
             before = self._known[found].node

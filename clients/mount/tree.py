@@ -12,19 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
-
-import grpc
 
 from clients.blocks import Blocks
 from clients.files.snapshot import READABLE, FileTree, OpenSnapshot
 from clients.files.wire import Entry
-from clients.gateway import Gateway, GatewayError
+from clients.gateway import Gateway
 from clients.page_cache import PageCache
-from clients.patience import Away, patiently
+from clients.patience import answered, patiently
 from frostgate.v1 import group_snapshot_pb2 as pb
 
-T = TypeVar("T")
 FOREVER_S = 3600.0
 LOOK_AGAIN_S = 2.0
 
@@ -150,7 +146,7 @@ class Everything:
         with self._lock:
             if time.monotonic() < self._looked_at + LOOK_AGAIN_S:
                 return self._vms
-            found = patiently(lambda: _answered(lambda: list(self.gateway.list())))
+            found = patiently(lambda: answered(lambda: list(self.gateway.list())))
             vms: dict[str, dict[str, int]] = {}
             for snapshot in found:
                 if snapshot.state in READABLE:
@@ -178,7 +174,7 @@ class Everything:
         with self._lock:
             if snapshot_id not in self._open:
                 opening = partial(OpenSnapshot, self.gateway, snapshot_id, self.passphrase, self._cache)
-                self._open[snapshot_id] = patiently(partial(_answered, opening), snapshot_id)
+                self._open[snapshot_id] = patiently(partial(answered, opening), snapshot_id)
             opened = self._open[snapshot_id]
             if _identity(opened.group) != identity:
                 raise OSError(errno.ESTALE, "was deleted; another snapshot has its id now", snapshot_id)
@@ -188,17 +184,6 @@ class Everything:
 def _identity(snapshot: pb.GroupSnapshot) -> int:
     """Return what tells a snapshot from one that had its id before."""
     return snapshot.cut_time.ToNanoseconds()
-
-
-def _answered(question: Callable[[], T]) -> T:
-    """Return the gateway's answer. Raises Away, OSError."""
-    try:
-        return question()
-    except GatewayError as error:
-        if error.status == grpc.StatusCode.UNAVAILABLE:
-            raise Away(str(error)) from error
-        gone = error.status == grpc.StatusCode.NOT_FOUND
-        raise OSError(errno.ESTALE if gone else errno.EIO, str(error)) from error
 
 
 def child(of: Inode, entry: Entry) -> Inode:

@@ -23,7 +23,6 @@ from clients.restore.beneath import status
 _READ_BYTES = 1024 * 1024
 _BLOCK_BYTES = 4096
 _SYNC_BYTES = 64 * 1024 * 1024
-_HOLES_BYTES = 1024 * 1024
 _NAME_BYTES = 200
 _SUFFIX = b".frostgate-partial"
 _DIGEST = re.compile(rb"[0-9a-f]{16}")
@@ -48,7 +47,7 @@ class Source:
         """Return what is not known to be a hole as (begin, end), in order and apart."""
         size = self.entry.size_bytes
         found = [(0, size)]
-        if size - self.entry.allocated_bytes >= _HOLES_BYTES:
+        if self.entry.sparse:
             with suppress(OSError):  # too many to tell, or damaged: what is read tells
                 found = [(at, at + length) for at, length in self.tree.parser.data(self.tree.number, self.entry.id)]
         apart: list[tuple[int, int]] = []

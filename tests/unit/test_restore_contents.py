@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clients.files import wire
 from clients.files.wire import Entry
 from clients.restore import contents
 from clients.restore.contents import Source, difference, forget_partials, partials, write
@@ -50,7 +51,7 @@ def source(found: list[tuple[int, int]] | None = None, number: int = 12) -> Sour
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(contents, "_SYNC_BYTES", STRETCH)
     monkeypatch.setattr(contents, "_READ_BYTES", 4096)
-    monkeypatch.setattr(contents, "_HOLES_BYTES", 4096)
+    monkeypatch.setattr(wire, "_HOLES_BYTES", 4096)
     descriptor = os.open(tmp_path, os.O_RDONLY)
     yield descriptor
     os.close(descriptor)
